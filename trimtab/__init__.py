@@ -1,0 +1,1 @@
+"""Trimtab: a compiler for transformer inference."""
