@@ -1,0 +1,53 @@
+"""Structural equality of modules: everything but inner names and source locations."""
+
+from __future__ import annotations
+
+from trimtab.ir.attributes import print_attribute
+from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.op import Op
+
+
+def modules_equal(left: Module, right: Module) -> bool:
+    """Same graphs, and weights with the same ids, types, flags and contents."""
+    if list(left.graphs) != list(right.graphs) or set(left.weights) != set(right.weights):
+        return False
+    for id, weight in left.weights.items():
+        other = right.weights[id]
+        if (weight.type, weight.trainable) != (other.type, other.trainable):
+            return False
+        if weight.source is not other.source and weight.sha256 != other.sha256:
+            return False
+    return all(graphs_equal(left.graphs[name], right.graphs[name]) for name in left.graphs)
+
+
+def graphs_equal(left: Graph, right: Graph) -> bool:
+    """Same signature and the same ops in the same order on corresponding values."""
+    if len(left.inputs) != len(right.inputs) or len(left.ops) != len(right.ops):
+        return False
+    if left.output_names != right.output_names:
+        return False
+    same: dict[Value, Value] = {}
+    for a, b in zip(left.inputs, right.inputs, strict=True):
+        if a.type != b.type or (left.name and a.name != b.name):
+            return False
+        same[a] = b
+
+    def match(a: Value, b: Value) -> bool:
+        return a.weight == b.weight if a.is_weight else same.get(a) is b
+
+    for a, b in zip(left.ops, right.ops, strict=True):
+        if not _ops_equal(a, b) or not all(map(match, a.operands, b.operands)):
+            return False
+        same.update(zip(a.results, b.results, strict=True))
+    return all(map(match, left.outputs, right.outputs))
+
+
+def _ops_equal(a: Op, b: Op) -> bool:
+    return (
+        type(a) is type(b)
+        and [len(held) if isinstance(held, tuple) else held is not None for _, held in a.arguments()]
+        == [len(held) if isinstance(held, tuple) else held is not None for _, held in b.arguments()]
+        and all(print_attribute(a.attributes[n]) == print_attribute(b.attributes[n]) for n in a.attributes)
+        and [value.type for value in a.results] == [value.type for value in b.results]
+        and all(map(graphs_equal, a.regions, b.regions))
+    )

@@ -1,0 +1,77 @@
+"""A torch operator that has no op of its own, riding along."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from trimtab.errors import VerificationError
+from trimtab.ir.core import Value
+from trimtab.ir.op import Op
+
+
+class Opaque(Op):
+    """A call of the torch operator ``target`` (``aten.erfinv.default``), which is its own reference.
+
+    ``arguments`` is the JSON text of the positional arguments, in which ``{"operand": i}`` stands for tensor i and
+    ``{"dtype": "float32"}`` for a dtype.  Backends lower it when they can, else report it.
+    """
+
+    tensors: tuple[Value, ...]
+    target: str
+    call: str
+
+    @staticmethod
+    def reference(tensors: list[Any], *, target: str, call: str) -> Any:
+        return resolve_operator(target)(*_decode(json.loads(call), tensors))
+
+
+def resolve_operator(target: str) -> Any:
+    """The torch operator overload named ``namespace.name.overload``.
+
+    Raises:
+        VerificationError: there is none in this version of torch.
+    """
+    found: Any = torch.ops
+    for part in target.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise VerificationError(
+                "an opaque op names an unknown torch operator",
+                values={"target": target},
+                rule="its torch function is its reference",
+                fix="use the torch version that made the module",
+            )
+    return found
+
+
+def encode_call(args: tuple[Any, ...], tensors: list[Any]) -> str:
+    """The ``call`` text for positional arguments; values found in ``tensors`` become ``{"operand": i}``.
+
+    Raises:
+        TypeError: an argument has no text form.
+    """
+
+    def encode(arg: Any) -> Any:
+        for index, tensor in enumerate(tensors):
+            if tensor is arg:
+                return {"operand": index}
+        if isinstance(arg, list | tuple):
+            return [encode(item) for item in arg]
+        if isinstance(arg, torch.dtype):
+            return {"dtype": str(arg).removeprefix("torch.")}
+        if arg is None or isinstance(arg, bool | int | float | str):
+            return arg
+        raise TypeError(f"a {type(arg).__name__} has no text form")
+
+    return json.dumps([encode(arg) for arg in args])
+
+
+def _decode(arg: Any, tensors: list[Any]) -> Any:
+    if isinstance(arg, list):
+        return [_decode(item, tensors) for item in arg]
+    if isinstance(arg, dict):
+        return tensors[arg["operand"]] if "operand" in arg else getattr(torch, arg["dtype"])
+    return arg

@@ -1,0 +1,158 @@
+"""The text form of a module; :mod:`trimtab.ir.parser` is its inverse.
+
+::
+
+    trimtab.ir 1
+    symbols batch=1..64
+    weight @fc.weight: f32[10, 64] trainable sha256=5f16...
+
+    graph main(%x: f32[batch, 64]) {
+      %0 = linear(%x, @fc.weight) : f32[batch, 10] loc "model.py":12 "forward"
+      %y = softmax(%0) {dim=1} : f32[batch, 10]
+      return probabilities=%y
+    }
+
+Attributes that hold their default are left out. Weights appear by id, type and content hash, never as data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from trimtab.errors import Location
+from trimtab.ir.attributes import print_attribute
+from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.dims import Symbol
+from trimtab.ir.op import Op
+from trimtab.ir.weights import Weight
+
+FORMAT_LINE = "trimtab.ir 1"
+BARE_NAME = re.compile(r"[A-Za-z_0-9$.][\w$./:-]*")
+
+
+def print_module(module: Module, *, locations: bool = True, hashes: bool = True) -> str:
+    """The text of ``module``. ``hashes`` reads all weights once; without them the text is for people only."""
+    lines = [FORMAT_LINE]
+    symbols: dict[str, Symbol] = {}
+    for graph in module.graphs.values():
+        symbols |= graph.symbols()
+    if symbols:
+        lines.append("symbols " + ", ".join(f"{s.name}={s.range_text}" for s in symbols.values()))
+    lines += [_weight_line(weight, hashes) for weight in module.weights.values()]
+    for name, graph in module.graphs.items():
+        lines.append("")
+        lines.extend(_graph_lines(graph, f"graph {quote_name(name)}", _Names(graph), locations))
+    return "\n".join(lines) + "\n"
+
+
+def print_graph(graph: Graph, *, locations: bool = False) -> str:
+    """The text of one graph, for people."""
+    return "\n".join(_graph_lines(graph, f"graph {graph.name}".rstrip(), _Names(graph), locations)) + "\n"
+
+
+def print_op(op: Op) -> str:
+    """One line about an op, for people: names may not be unique. Regions are left out."""
+    return _op_head(
+        op, lambda value: ("@" if value.is_weight else "%") + (value.weight or value.name or str(value.serial))
+    )
+
+
+def quote_name(name: str) -> str:
+    """A name as it stands after ``%`` or ``@``: bare when it can be, else as a JSON string."""
+    return name if BARE_NAME.fullmatch(name) else json.dumps(name)
+
+
+class _Names:
+    """Gives every value of a graph (and, nested, of its regions) a unique printable name."""
+
+    def __init__(self, graph: Graph, taken: frozenset[str] = frozenset()) -> None:
+        self._names: dict[Value, str] = {}
+        self._taken = set(taken)
+        self._counter = 0
+        for value in graph.inputs:
+            self._assign(value)
+        for op in graph.ops:
+            for value in op.results:
+                self._assign(value)
+
+    def __call__(self, value: Value) -> str:
+        if value.is_weight:
+            return "@" + quote_name(value.weight)
+        return "%" + quote_name(self._names[value]) if value in self._names else f"%<undefined {value.serial}>"
+
+    def _assign(self, value: Value) -> None:
+        name = value.name
+        if not name or name.isdigit():
+            while str(self._counter) in self._taken:
+                self._counter += 1
+            name = str(self._counter)
+        elif name in self._taken:
+            suffix = 1
+            while f"{name}_{suffix}" in self._taken:
+                suffix += 1
+            name = f"{name}_{suffix}"
+        self._taken.add(name)
+        self._names[value] = name
+
+
+def _weight_line(weight: Weight, hashes: bool) -> str:
+    line = f"weight @{quote_name(weight.id)}: {weight.type}"
+    if weight.trainable:
+        line += " trainable"
+    return f"{line} sha256={weight.sha256}" if hashes else line
+
+
+def _graph_lines(graph: Graph, head: str, names: Callable[[Value], str], locations: bool) -> Iterator[str]:
+    inputs = ", ".join(f"{names(value)}: {value.type}" for value in graph.inputs)
+    yield f"{head}({inputs}) {{"
+    for op in graph.ops:
+        line = "  " + _op_head(op, names)
+        if locations and op.location is not None:
+            line += " " + _location_text(op.location)
+        if not op.regions:
+            yield line
+            continue
+        for index, region in enumerate(op.regions):
+            first, *rest = _graph_lines(region, "graph ", _Names(region), locations)
+            yield (line + " " if index == 0 else "  ") + first
+            yield from ("  " + inner for inner in rest)
+    returned = [f"{quote_name(n)}={names(v)}" for n, v in zip(graph.output_names, graph.outputs, strict=True)]
+    yield f"  return {', '.join(returned)}".rstrip()
+    yield "}"
+
+
+def _op_head(op: Op, names: Callable[[Value], str]) -> str:
+    results = ", ".join(map(names, op.results))
+    arguments = []
+    for _, held in op.arguments():
+        if held is None:
+            arguments.append("none")
+        elif isinstance(held, tuple):
+            arguments.append(f"[{', '.join(map(names, held))}]")
+        else:
+            arguments.append(names(held))
+    while arguments and arguments[-1] == "none":
+        arguments.pop()
+    shown = {
+        name: value
+        for name, value in op.attributes.items()
+        if print_attribute(value) != print_attribute_or_none(op.attribute_fields[name].default)
+    }
+    attributes = ", ".join(f"{name}={print_attribute(value)}" for name, value in shown.items())
+    types = ", ".join(str(value.type) for value in op.results)
+    return (
+        f"{results} = {op.name}({', '.join(arguments)})" + (f" {{{attributes}}}" if attributes else "") + f" : {types}"
+    )
+
+
+def print_attribute_or_none(default: object) -> str | None:
+    """The text of an attribute's default, or None for an attribute that has none."""
+    is_value = default is None or isinstance(default, bool | int | float | str | tuple) or hasattr(default, "bits")
+    return print_attribute(default) if is_value else None
+
+
+def _location_text(location: Location) -> str:
+    text = f"loc {json.dumps(location.file)}:{location.line}"
+    return f"{text} {json.dumps(location.function)}" if location.function else text
