@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from random_weights import randomize
 from torch import Tensor, nn
+
+from random_weights import randomize
 
 Family = Literal["vision", "text", "audio"]
 
@@ -255,8 +256,8 @@ _ZOO: tuple[ZooModel, ...] = (
     _text("mistral", "MistralForCausalLM", "logits", sliding_window=8, **_GROUPED),
     _text("phi", "PhiForCausalLM", "logits", partial_rotary_factor=0.5, **_DECODER),
     _audio("whisper-encoder", "transformers.models.whisper.modeling_whisper:WhisperEncoder", "last_hidden_state",
-           (16, 48), quick=True, d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, num_mel_bins=16,
-           max_source_positions=24),
+           (16, 48), quick=True, d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128,
+           num_mel_bins=16, max_source_positions=24),
     _audio("wav2vec2", "Wav2Vec2Model", "last_hidden_state", (800,), conv_dim=[32, 32, 32], conv_stride=[5, 4, 2],
            conv_kernel=[10, 8, 4], num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, **_ENCODER),
     _text("mamba", "MambaForCausalLM", "logits", dynamic_length=False, quick=True, hidden_size=64, state_size=8,

@@ -1,0 +1,45 @@
+# Development commands. `make test` and `make demo` work from a bare clone: they build .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Worker processes of the test suite; each uses one thread (tests/conftest.py).
+WORKERS ?= 2
+
+.PHONY: help setup lint types test demo clean
+
+help:
+	@echo "make setup   build $(VENV) with everything needed to develop (does nothing when it is up to date)"
+	@echo "make test    setup, then lint, types and the whole test suite"
+	@echo "make demo    setup, then train, compile and run a small model"
+	@echo "make lint    ruff;  make types  mypy;  make clean  remove $(VENV), caches and build output"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Trimtab needs Python 3.11 or newer, and no python3 is on the PATH."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Trimtab needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Install one, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    echo "The module venv does not work. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+demo: setup
+	$(BIN)/trimtab demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,57 @@
+"""Settings of the whole test suite: offline, reproducible, one thread per worker."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch, transformers or tvm. Subprocesses of tests inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers already fill the cores: a thread pool each would make them wait for one another.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TVM_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("trimtab", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("trimtab")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the files in tests/golden to what tests produce"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(name, text)`` fails when ``text`` differs from the file tests/golden/``name``, and shows the diff.
+
+    Golden files are reviewed like code. ``pytest --update-golden`` rewrites them.
+    """
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        text = text if text.endswith("\n") else text + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"tests/golden/{name} does not exist; write it with pytest --update-golden")
+        expected = path.read_text(encoding="utf-8")
+        if text != expected:
+            diff = difflib.unified_diff(
+                expected.splitlines(), text.splitlines(), f"tests/golden/{name}", "produced", lineterm=""
+            )
+            pytest.fail("\n".join(diff) + "\nIf this is what you want: pytest --update-golden", pytrace=False)
+
+    return check
