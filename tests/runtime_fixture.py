@@ -1,0 +1,147 @@
+"""Small artifacts for the runtime's tests, built straight with TVM: the tests do not depend on the compiler.
+
+The model has two inputs ``x: f32[batch, 8]`` and ``scale: f32[batch, 1]``, weights ``w: f32[8, 4]`` and ``b: f32[4]``,
+and two outputs: ``z = (x @ w + b) * scale`` and ``y = relu(z)``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.runtime.container import ArtifactWriter
+from trimtab.runtime.cpu import host_architecture
+from trimtab.runtime.manifest import (
+    CHECK_ENTRY,
+    MODULE_ENTRY,
+    WEIGHTS_ENTRY,
+    CodeVariant,
+    Manifest,
+    SymbolRange,
+    TensorSpec,
+    Tolerance,
+    WeightEntry,
+)
+from trimtab.runtime.samples import Sample, encode_samples
+from trimtab.tensor_file import TensorSource, write_tensors
+
+LIBRARY = "code/host/model.so"
+RUNTIME = "code/host/libtvm_runtime.so"
+TARGET = f"{host_architecture()}-unknown-linux-gnu"
+
+WEIGHTS = {
+    "w": np.random.default_rng(1).standard_normal((8, 4), np.float32),
+    "b": np.random.default_rng(2).standard_normal(4, np.float32),
+}
+MANIFEST = Manifest(
+    name="two outputs",
+    inputs=(TensorSpec("x", "f32", ("batch", 8)), TensorSpec("scale", "f32", ("batch", 1))),
+    outputs=(TensorSpec("z", "f32", ("batch", 4)), TensorSpec("y", "f32", ("batch", 4))),
+    symbols=(SymbolRange("batch", 1, 64),),
+    weights=(WeightEntry("w", "f32", (8, 4)), WeightEntry("b", "f32", (4,))),
+    variants=(
+        CodeVariant(
+            target=TARGET,
+            library=LIBRARY,
+            runtime=(RUNTIME,),
+            requires={name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")},
+        ),
+    ),
+    tolerance=Tolerance(rtol=1e-5, atol=1e-6),
+)
+
+
+def expected(x: np.ndarray[Any, Any], scale: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+    """What the model computes, in numpy."""
+    z = (x @ WEIGHTS["w"] + WEIGHTS["b"]) * scale
+    return z, np.maximum(z, 0)
+
+
+def random_inputs(batch: int = 3, seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Inputs ``x`` and ``scale``."""
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((batch, 8), np.float32), generator.standard_normal((batch, 1), np.float32)
+
+
+def samples() -> list[Sample]:
+    """Two samples of different batch sizes."""
+    inputs = [random_inputs(batch, seed=batch) for batch in (2, 5)]
+    return [Sample(pair, expected(*pair)) for pair in inputs]
+
+
+@cache
+def model_library() -> bytes:
+    """The shared library of the model."""
+    from tvm.script import ir as I
+    from tvm.script import relax as R
+
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(
+            x: R.Tensor(("batch", 8), "float32"),
+            scale: R.Tensor(("batch", 1), "float32"),
+            w: R.Tensor((8, 4), "float32"),
+            b: R.Tensor((4,), "float32"),
+        ):
+            with R.dataflow():
+                z = R.multiply(R.add(R.matmul(x, w), b), scale)
+                y = R.nn.relu(z)
+                R.output(z, y)
+            return (z, y)
+
+    return compile_library(Module)
+
+
+def compile_library(module: Any, exec_mode: str = "bytecode") -> bytes:
+    """Compile a Relax module for this machine's baseline; returns the bytes of its shared library."""
+    import tvm
+
+    target = tvm.target.Target({"kind": "llvm", **({"mcpu": "x86-64-v3"} if host_architecture() == "x86_64" else {})})
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.so"
+        tvm.relax.build(module, target=target, exec_mode=exec_mode).export_library(str(path))
+        return path.read_bytes()
+
+
+@cache
+def runtime_library() -> bytes:
+    """The TVM runtime library of the installed package."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("tvm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return (Path(spec.submodule_search_locations[0]) / "lib" / "libtvm_runtime.so").read_bytes()
+
+
+def write_artifact(
+    path: Path,
+    *,
+    library: bytes | None = None,
+    weights: dict[str, np.ndarray[Any, Any]] | None = None,
+    change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+    carried: bool = True,
+    check: bytes | None = None,
+) -> Manifest:
+    """Write an artifact of the model above, or of another one given its library, weights and manifest."""
+    manifest = MANIFEST
+    if not carried:
+        manifest = replace(manifest, variants=tuple(replace(v, runtime=()) for v in manifest.variants))
+    with ArtifactWriter(path) as writer:
+        writer.add_bytes(MODULE_ENTRY, b"module two_outputs\n")
+        writer.add_bytes(LIBRARY, model_library() if library is None else library)
+        if carried:
+            writer.add_bytes(RUNTIME, runtime_library())
+        with writer.open_entry(WEIGHTS_ENTRY) as file:
+            tensors = WEIGHTS if weights is None else weights
+            write_tensors(file, {name: TensorSource("f32", array.shape, array) for name, array in tensors.items()})
+        writer.add_bytes(CHECK_ENTRY, encode_samples(samples()) if check is None else check)
+        return writer.finish(change(manifest))
