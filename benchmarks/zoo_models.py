@@ -206,12 +206,12 @@ def _padded_tokens(batch: int, length: int, vocabulary: int) -> dict[str, Tensor
     return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
 
 
-_ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-_PATCHES = {**_ENCODER, "image_size": 32, "patch_size": 8}
-_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-_BERT = {**_ENCODER, **_TOKENS, "max_position_embeddings": LONGEST}
-_DECODER = {**_BERT, "use_cache": False}
-_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_ENCODER: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_PATCHES: dict[str, Any] = {**_ENCODER, "image_size": 32, "patch_size": 8}
+_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+_BERT: dict[str, Any] = {**_ENCODER, **_TOKENS, "max_position_embeddings": LONGEST}
+_DECODER: dict[str, Any] = {**_BERT, "use_cache": False}
+_GROUPED: dict[str, Any] = {**_DECODER, "num_key_value_heads": 2}
 
 _ZOO: tuple[ZooModel, ...] = (
     _vision("vit", "ViTForImageClassification", "logits", quick=True, **_PATCHES),

@@ -50,7 +50,7 @@ def test_every_parameter_and_statistic_matters(entry: ZooModel) -> None:
     model = entry.build().double().requires_grad_(True)
     outputs = _outputs(model, entry.inputs(2, 12, torch.float64))
     torch.manual_seed(0)
-    sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
+    torch.stack([(output * torch.randn_like(output)).sum().double() for output in outputs]).sum().backward()
     effect = {
         name: 0.0 if parameter.grad is None else (parameter.grad * parameter).abs().max().item()
         for name, parameter in model.named_parameters()
