@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +123,7 @@ class _Audio(nn.Module):
         return _pick(self.model(features), self.outputs)
 
 
-def _pick(result: Any, outputs: Outputs) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+def _pick(result: Mapping[str, Tensor], outputs: Outputs) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
     if isinstance(outputs, str):
         return result[outputs]
     if isinstance(outputs, tuple):
@@ -206,7 +206,12 @@ def _padded_tokens(batch: int, length: int, vocabulary: int) -> dict[str, Tensor
     return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
 
 
-_ENCODER: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 _PATCHES: dict[str, Any] = {**_ENCODER, "image_size": 32, "patch_size": 8}
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 _BERT: dict[str, Any] = {**_ENCODER, **_TOKENS, "max_position_embeddings": LONGEST}
