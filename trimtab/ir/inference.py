@@ -140,7 +140,7 @@ class _SymbolScope:
     def from_torch(self, size: Any) -> Dim:
         import torch
 
-        return self._from_sympy(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
+        return dim_from_sympy(size.node.expr, self._theirs) if isinstance(size, torch.SymInt) else int(size)
 
     def _create(self, symbol: Symbol) -> None:
         from torch._dynamo.source import ConstantSource
@@ -159,39 +159,45 @@ class _SymbolScope:
         self._ours[symbol.name] = self.environment.create_symintnode(name, hint=hint, source=source)
         self._theirs[name] = symbol
 
-    def _from_sympy(self, expression: Any) -> Dim:
-        if expression.is_Integer:
-            return int(expression)
-        if expression.is_Symbol:
-            found = self._theirs.get(expression)
-            if found is None:
-                raise VerificationError(
-                    "a result's size depends on data",
-                    values={"size": expression},
-                    rule="shapes follow from the inputs' shapes alone",
-                )
-            return symbol(found.name, found.min, found.max)
-        args = [self._from_sympy(arg) for arg in expression.args] if not expression.is_Pow else []
-        match type(expression).__name__:
-            case "Add":
-                return _fold(args, lambda a, b: a + b)
-            case "Mul":
-                return _fold(args, lambda a, b: a * b)
-            case "Pow":
-                return _fold([self._from_sympy(expression.args[0])] * int(expression.args[1]), lambda a, b: a * b)
-            case "FloorDiv" | "CleanDiv" | "IntTrueDiv":
-                return floordiv(*args)
-            case "Mod" | "PythonMod":
-                return mod(*args)
-            case "Max":
-                return dim_max(*args)
-            case "Min":
-                return dim_min(*args)
-        raise VerificationError(
-            "a result's size has no form as a dimension",
-            values={"size": expression},
-            rule="dimensions use + - * // % min and max over symbols",
-        )
+
+def dim_from_sympy(expression: Any, symbols: Mapping[Any, Symbol]) -> Dim:
+    """A size that torch computed as a sympy expression, with torch's symbols replaced by ours.
+
+    Raises:
+        VerificationError: the size depends on data, or uses a function that dimensions do not have.
+    """
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        found = symbols.get(expression)
+        if found is None:
+            raise VerificationError(
+                "a result's size depends on data",
+                values={"size": expression},
+                rule="shapes follow from the inputs' shapes alone",
+            )
+        return symbol(found.name, found.min, found.max)
+    args = [dim_from_sympy(arg, symbols) for arg in expression.args] if not expression.is_Pow else []
+    match type(expression).__name__:
+        case "Add":
+            return _fold(args, lambda a, b: a + b)
+        case "Mul":
+            return _fold(args, lambda a, b: a * b)
+        case "Pow":
+            return _fold([dim_from_sympy(expression.args[0], symbols)] * int(expression.args[1]), lambda a, b: a * b)
+        case "FloorDiv" | "CleanDiv" | "IntTrueDiv":
+            return floordiv(*args)
+        case "Mod" | "PythonMod":
+            return mod(*args)
+        case "Max":
+            return dim_max(*args)
+        case "Min":
+            return dim_min(*args)
+    raise VerificationError(
+        "a result's size has no form as a dimension",
+        values={"size": expression},
+        rule="dimensions use + - * // % min and max over symbols",
+    )
 
 
 def _fold(args: list[Dim], combine: Callable[[Dim, Dim], Dim]) -> Dim:
