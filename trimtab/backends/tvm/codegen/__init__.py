@@ -1,0 +1,1 @@
+"""Kernel generation: block-structured TIR functions in, loops out."""

@@ -1,0 +1,322 @@
+"""Loops for scaled dot-product attention.
+
+One task handles a head (or a block of its queries): the keys are transposed once into panels, then for each tile of
+queries the scores are computed by the register-tiled product, masked, normalised and multiplied by the values while
+they are in cache.  The full score matrix never exists.  A row that may attend to nothing gives zeros, as in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product
+from trimtab.backends.tvm.codegen.gemm import Tile, accumulate_tile
+from trimtab.backends.tvm.codegen.loops import (
+    Stmt,
+    bind,
+    ceil_div,
+    index,
+    lanes_of,
+    load,
+    loop,
+    minimum,
+    scratch,
+    sequence,
+    store,
+)
+from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.codegen.vector_math import lower_call
+
+Read = Callable[..., Expr]
+Write = Callable[..., Stmt]
+
+
+@dataclass
+class AttentionProblem:
+    """Extents and accessors of one attention.
+
+    Attributes:
+        batch: extents of the leading axes.
+        heads, key_heads: query heads and key heads, the second dividing the first.
+        queries, keys: lengths; depth: of a head's queries and keys; width: of its values.
+        q, k, v: read ``(*batch, head, position, channel)`` in the working type.
+        mask: read ``(*batch, head, query, key)``; bool or an addend in the working type; None for no mask.
+        out: store at ``(*batch, head, query, channel)``.
+    """
+
+    batch: list[Expr]
+    heads: int
+    key_heads: int
+    queries: Expr
+    keys: Expr
+    depth: Expr
+    width: int
+    q: Read
+    k: Read
+    v: Read
+    mask: Read | None
+    mask_is_bool: bool
+    out: Write
+    scale: float
+    causal: bool
+    dtype: str
+
+
+def attention_loops(machine: Machine, p: AttentionProblem) -> Stmt:
+    """The whole kernel, parallel over batch, heads and, when heads are few, blocks of queries."""
+    return _Attention(machine, p).generate()
+
+
+class _Attention:
+    def __init__(self, machine: Machine, problem: AttentionProblem) -> None:
+        self.p = problem
+        self.machine = machine
+        self.lanes = machine.lanes(problem.dtype)
+        rows, vectors = next((tile for tile in machine.tiles if tile[0] == 6), machine.tiles[0])
+        known = int_value(problem.queries)
+        self.rows = min(rows, known) if known is not None else rows
+        self.panel = vectors * self.lanes
+        self.panels = ceil_div(problem.keys, self.panel)
+        self.padded_width = -(-problem.width // self.lanes) * self.lanes
+        self.low = tirx.const(-math.inf, problem.dtype)
+
+    def generate(self) -> Stmt:
+        p = self.p
+        blocks = self._query_blocks()
+        total = product(p.batch) * index(p.heads) * blocks
+
+        def task(flat: Expr) -> Stmt:
+            block = tirx.floormod(flat, blocks) if int_value(blocks) != 1 else index(0)
+            rest = tirx.floordiv(flat, blocks) if int_value(blocks) != 1 else flat
+            head = tirx.floormod(rest, index(p.heads))
+            outer = tirx.floordiv(rest, index(p.heads))
+            places: list[Expr] = []
+            for extent in reversed(p.batch):
+                places.insert(0, tirx.floormod(outer, as_index(extent)))
+                outer = tirx.floordiv(outer, as_index(extent))
+            if len(p.batch) == 1:
+                places = [tirx.floordiv(rest, index(p.heads))]
+            return self._bound([*places, head, block], lambda *v: self._head(list(v[:-2]), v[-2], v[-1], blocks), [])
+
+        return loop(total, task, "parallel", "task")
+
+    def _bound(self, values: list[Expr], body: Callable[..., Stmt], bound: list[Expr]) -> Stmt:
+        if not values:
+            return body(*bound)
+        return bind(values[0], lambda v: self._bound(values[1:], body, [*bound, v]), "at")
+
+    def _query_blocks(self) -> Expr:
+        p = self.p
+        if p.heads >= 2 * self.machine.threads:
+            return index(1)
+        return ceil_div(p.queries, self.rows * 16)
+
+    def _head(self, batch: list[Expr], head: Expr, block: Expr, blocks: Expr) -> Stmt:
+        p = self.p
+        shared = p.heads // p.key_heads
+        key_head = tirx.floordiv(head, index(shared)) if shared > 1 else head
+        pack_values = p.width != self.padded_width
+
+        def with_keys(keys: Any) -> Stmt:
+            def with_values(values: Any) -> Stmt:
+                def read_value(j: Expr, channel: Expr) -> Expr:
+                    return load(values, j, channel) if values is not None else p.v(*batch, key_head, j, channel)
+
+                return sequence(
+                    self._pack_keys(keys, batch, key_head),
+                    self._pack_values(values, batch, key_head) if values is not None else None,
+                    scratch([self.rows, self.panels * index(self.panel)], p.dtype,
+                            lambda scores: self._queries(batch, head, block, blocks, keys, scores, read_value), "scores"),
+                )  # fmt: skip
+
+            if pack_values:
+                return scratch([p.keys, self.padded_width], p.dtype, with_values, "values")
+            return with_values(None)
+
+        return scratch([self.panels, p.depth, self.panel], p.dtype, with_keys, "keys")
+
+    def _pack_keys(self, keys: Any, batch: list[Expr], head: Expr) -> Stmt:
+        p = self.p
+
+        def panel(n: Expr) -> Stmt:
+            def column(c: Expr) -> Stmt:
+                j = n * index(self.panel) + c
+                copy = loop(p.depth, lambda d: store(keys, [n, d, c], p.k(*batch, head, j, d)), name="d")
+                known = int_value(p.keys)
+                if known is not None and known % self.panel == 0:
+                    return copy
+                clear = loop(p.depth, lambda d: store(keys, [n, d, c], tirx.const(0, p.dtype)), name="d")
+                return tirx.IfThenElse(j < as_index(p.keys), copy, clear)
+
+            return loop(self.panel, column, name="column")
+
+        return loop(self.panels, panel, name="panel")
+
+    def _pack_values(self, values: Any, batch: list[Expr], head: Expr) -> Stmt:
+        p = self.p
+
+        def row(j: Expr) -> Stmt:
+            return sequence(
+                loop(p.width, lambda e: store(values, [j, e], p.v(*batch, head, j, e)), name="e"),
+                loop(self.padded_width - p.width,
+                     lambda e: store(values, [j, e + index(p.width)], tirx.const(0, p.dtype)), name="e"),
+            )  # fmt: skip
+
+        return loop(p.keys, row, name="key")
+
+    def _queries(
+        self, batch: list[Expr], head: Expr, block: Expr, blocks: Expr, keys: Any, scores: Any, value: Read
+    ) -> Stmt:
+        queries = as_index(self.p.queries)
+
+        def tiles(height: int) -> Stmt:
+            count = ceil_div(queries, height)
+            share = ceil_div(queries, self.rows * 16) if int_value(blocks) != 1 else index(1)
+            per_block = tirx.floordiv(count + share - index(1), share)
+            begin = block * per_block
+
+            def at(t: Expr) -> Stmt:
+                start = minimum((begin + t) * index(height), queries - index(height))
+                return bind(start, lambda first: self._tile(batch, head, first, height, keys, scores, value), "query")
+
+            if int_value(blocks) == 1:
+                return loop(count, at, name="tile")
+            return loop(tirx.max(index(0), minimum(per_block, count - begin)), at, name="tile")
+
+        if int_value(queries) is not None:
+            return tiles(self.rows)
+        return tirx.IfThenElse(queries >= index(self.rows), tiles(self.rows), tiles(1))
+
+    def _tile(
+        self, batch: list[Expr], head: Expr, first: Expr, height: int, keys: Any, scores: Any, value: Read
+    ) -> Stmt:
+        p = self.p
+        tile = Tile(height, self.panel, self.lanes)
+        scale = tirx.const(p.scale, p.dtype)
+
+        def panel(n: Expr) -> Stmt:
+            def finish(acc: Any) -> Stmt:
+                return sequence(*(
+                    lanes_of(index(s), self.lanes, lambda c, r=r: store(
+                        scores, [index(r), n * index(self.panel) + c], load(acc, index(r), c) * scale))
+                    for r in range(height) for s in range(0, self.panel, self.lanes)
+                ))  # fmt: skip
+
+            return accumulate_tile(
+                tile, height, p.dtype, p.depth,
+                lambda r, d: p.q(*batch, head, first + index(r), d),
+                lambda d, c: load(keys, n, d, c), finish,
+            )  # fmt: skip
+
+        def row(r: Expr) -> Stmt:
+            return self._normalize(batch, head, first + r, r, scores)
+
+        parts = [loop(self.panels, panel, name="panel"), loop(height, row, name="row")]
+        width = min(self.panel, self.padded_width)
+        for begin in range(0, self.padded_width, width):
+            span = min(width, self.padded_width - begin)
+            parts.append(accumulate_tile(
+                Tile(height, span, self.lanes), height, p.dtype, p.keys,
+                lambda r, j: load(scores, index(r), j),
+                lambda j, c, b=begin: value(j, index(b) + c),
+                lambda acc, b=begin, s=span: self._store(batch, head, first, height, b, s, acc),
+            ))  # fmt: skip
+        return sequence(*parts)
+
+    def _store(self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, acc: Any) -> Stmt:
+        parts = []
+        for r in range(height):
+            for s in range(0, span, self.lanes):
+                count = min(self.lanes, self.p.width - begin - s)
+                if count > 0:
+                    # A partial vector goes element by element: constant positions keep the accumulators in registers.
+                    parts += [lanes_of(index(s), count, lambda c, r=r: self.p.out(
+                        *batch, head, first + index(r), index(begin) + c, value=load(acc, index(r), c)))
+                    ] if count == self.lanes else [
+                        self.p.out(*batch, head, first + index(r), index(begin + s + c), value=load(acc, index(r), index(s + c)))
+                        for c in range(count)
+                    ]  # fmt: skip
+        return sequence(*parts)
+
+    def _normalize(self, batch: list[Expr], head: Expr, query: Expr, r: Expr, scores: Any) -> Stmt:
+        """Mask a row of scores and replace it by its softmax."""
+        p, lanes = self.p, self.lanes
+        keys, padded = as_index(p.keys), self.panels * index(self.panel)
+        vectors_padded = self.panels * index(self.panel // lanes)
+
+        def masked(j: Expr) -> Stmt:
+            value = load(scores, r, j)
+            if p.mask is not None:
+                allowed = p.mask(*batch, head, query, j)
+                value = tirx.Select(allowed, value, self.low) if p.mask_is_bool else value + allowed
+            if p.causal:
+                value = tirx.Select(j <= query, value, self.low)
+            return store(scores, [r, j], value)
+
+        full = tirx.floordiv(keys, index(lanes)) if int_value(keys) is None else index(int_value(keys) // lanes)
+        parts: list[Stmt | None] = []
+        if p.mask is not None or p.causal:
+            parts.append(loop(full, lambda n: lanes_of(n * index(lanes), lanes, masked), name="vector"))
+            parts.append(loop(keys - full * index(lanes), lambda j: masked(full * index(lanes) + j), name="element"))
+        parts.append(loop(padded - keys, lambda j: store(scores, [r, keys + j], self.low), name="element"))
+
+        def with_sums(acc: Any) -> Stmt:
+            def largest(n: Expr) -> Stmt:
+                def step(c: Expr) -> Stmt:
+                    best, value = load(acc, c), load(scores, r, n * index(lanes) + c)
+                    return store(acc, [c], tirx.Select(tirx.Or(value <= best, best != best), best, value))
+
+                return lanes_of(index(0), lanes, step)
+
+            def powers(shift: Expr) -> Stmt:
+                def at(n: Expr) -> Stmt:
+                    def raise_(c: Expr) -> Stmt:
+                        difference = load(scores, r, n * index(lanes) + c) - shift
+                        power = lower_call("tirx.exp", p.dtype, [difference])
+                        return store(scores, [r, n * index(lanes) + c], tirx.exp(difference) if power is None else power)
+
+                    def add(c: Expr) -> Stmt:
+                        return store(acc, [c], load(acc, c) + load(scores, r, n * index(lanes) + c))
+
+                    return sequence(lanes_of(index(0), lanes, raise_), lanes_of(index(0), lanes, add))
+
+                return loop(vectors_padded, at, name="vector")
+
+            def scale(factor: Expr) -> Stmt:
+                def at(n: Expr) -> Stmt:
+                    return lanes_of(n * index(lanes), lanes, lambda j: store(scores, [r, j], load(scores, r, j) * factor))
+
+                return loop(vectors_padded, at, name="vector")
+
+            def greater(a: Expr, b: Expr) -> Expr:
+                return tirx.Select(tirx.Or(b <= a, a != a), a, b)
+
+            zero, one = tirx.const(0, p.dtype), tirx.const(1, p.dtype)
+            return sequence(
+                lanes_of(index(0), lanes, lambda c: store(acc, [c], self.low)),
+                loop(vectors_padded, largest, name="vector"),
+                self._fold(acc, greater),
+                bind(tirx.Select(load(acc, index(0)) == self.low, zero, load(acc, index(0))), lambda shift: sequence(
+                    lanes_of(index(0), lanes, lambda c: store(acc, [c], zero)),
+                    powers(shift),
+                    self._fold(acc, lambda a, b: a + b),
+                    bind(tirx.Select(load(acc, index(0)) == zero, zero, one / load(acc, index(0))), scale, "factor"),
+                ), "shift"),
+            )  # fmt: skip
+
+        parts.append(scratch([lanes], p.dtype, with_sums, "lane_sums", "local"))
+        return sequence(*parts)
+
+    def _fold(self, acc: Any, combine: Callable[[Expr, Expr], Expr]) -> Stmt | None:
+        """Combine the lanes of a vector into lane 0."""
+        parts, size = [], self.lanes
+        while size > 1:
+            size //= 2
+            parts.append(lanes_of(index(0), size, lambda c, half=size: store(
+                acc, [c], combine(load(acc, c), load(acc, c + index(half))))))  # fmt: skip
+        return sequence(*parts) if parts else None

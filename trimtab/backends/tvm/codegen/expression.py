@@ -1,0 +1,150 @@
+"""Walking and rewriting TIR expressions from Python.
+
+TVM exports no expression mutator to Python, and its schedule primitives need a whole function to act on.  The code
+generator only ever needs three things: substitute variables, replace buffer loads, and lower scalar calls; all three
+are one bottom-up rewrite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from tvm import ir, tirx
+
+Expr = Any
+LoadRule = Callable[[Any, list[Expr]], Expr | None]
+CallRule = Callable[[str, str, list[Expr]], Expr | None]
+
+_BINARY = (
+    tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max,
+    tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or,
+)  # fmt: skip
+_LEAVES = (tirx.IntImm, tirx.FloatImm, ir.StringImm)
+
+
+def dtype_of(expr: Expr) -> str:
+    """Element type of an expression, e.g. ``float32``."""
+    return str(expr.ty.dtype)
+
+
+def rewrite(
+    expr: Expr,
+    variables: Mapping[Any, Expr] | None = None,
+    load: LoadRule | None = None,
+    call: CallRule | None = None,
+) -> Expr:
+    """Rebuild ``expr`` bottom-up.
+
+    Args:
+        variables: replacement for variables.
+        load: called with a buffer and its rewritten indices; returns a replacement for the load, or None to keep it.
+        call: called with the name of an intrinsic, its result type and rewritten arguments; None keeps the call.
+    """
+    table = variables or {}
+
+    def visit(node: Expr) -> Expr:
+        if isinstance(node, ir.Var):
+            return table.get(node, node)
+        if isinstance(node, _LEAVES):
+            return node
+        if isinstance(node, _BINARY):
+            a, b = visit(node.a), visit(node.b)
+            return node if a.same_as(node.a) and b.same_as(node.b) else type(node)(*_same_type(a, b))
+        if isinstance(node, ir.TensorLoad):
+            indices = [visit(index) for index in node.indices]
+            replaced = load(node.source, indices) if load is not None else None
+            return tirx.BufferLoad(node.source, indices) if replaced is None else replaced
+        if isinstance(node, tirx.Cast):
+            return tirx.Cast(dtype_of(node), visit(node.value))
+        if isinstance(node, tirx.Select):
+            return tirx.Select(visit(node.condition), visit(node.true_value), visit(node.false_value))
+        if isinstance(node, tirx.Not):
+            return tirx.Not(visit(node.a))
+        if isinstance(node, tirx.Let):
+            return tirx.Let(node.var, visit(node.value), visit(node.body))
+        if isinstance(node, ir.Call):
+            args = [visit(arg) for arg in node.args]
+            name = getattr(node.op, "name", "")
+            replaced = call(name, dtype_of(node), args) if call is not None else None
+            return ir.Call(node.op, args, ret_ty=node.ty) if replaced is None else replaced
+        raise NotImplementedError(f"no rewrite for TIR node {type(node).__name__}")
+
+    return visit(expr)
+
+
+def _same_type(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """Widen the narrower of two integers: replacing an int32 variable by an int64 index must not break its formula."""
+    left, right = dtype_of(a), dtype_of(b)
+    if left == right:
+        return a, b
+    return as_index(a), as_index(b)
+
+
+def visit_nodes(expr: Expr) -> Iterable[Expr]:
+    """Every node of an expression tree, root first."""
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        yield node
+        if isinstance(node, _BINARY):
+            stack += [node.a, node.b]
+        elif isinstance(node, ir.TensorLoad):
+            stack += list(node.indices)
+        elif isinstance(node, tirx.Cast):
+            stack.append(node.value)
+        elif isinstance(node, tirx.Select):
+            stack += [node.condition, node.true_value, node.false_value]
+        elif isinstance(node, tirx.Not):
+            stack.append(node.a)
+        elif isinstance(node, tirx.Let):
+            stack += [node.value, node.body]
+        elif isinstance(node, ir.Call):
+            stack += list(node.args)
+
+
+def loads_of(expr: Expr) -> list[Any]:
+    """Buffer loads in an expression, nested ones included."""
+    return [node for node in visit_nodes(expr) if isinstance(node, ir.TensorLoad)]
+
+
+def variables_of(expr: Expr) -> set[Any]:
+    """Variables an expression reads (buffers excluded)."""
+    return {node for node in visit_nodes(expr) if isinstance(node, ir.Var)}
+
+
+def calls_of(expr: Expr) -> list[str]:
+    """Names of the intrinsics an expression calls."""
+    return [getattr(node.op, "name", "") for node in visit_nodes(expr) if isinstance(node, ir.Call)]
+
+
+def int_value(expr: Expr) -> int | None:
+    """The value of an integer constant, or None when the expression is symbolic."""
+    if isinstance(expr, int):
+        return expr
+    return int(expr.value) if isinstance(expr, tirx.IntImm) else None
+
+
+def product(extents: Sequence[Expr], dtype: str = "int64") -> Expr:
+    """Product of extents; constant when all are."""
+    total: Expr = tirx.const(1, dtype)
+    for extent in extents:
+        total = total * as_index(extent, dtype)
+    return total
+
+
+def as_index(expr: Expr, dtype: str = "int64") -> Expr:
+    """``expr`` as an index of the given integer type."""
+    if isinstance(expr, int):
+        return tirx.const(expr, dtype)
+    if isinstance(expr, tirx.IntImm):
+        return tirx.const(int(expr.value), dtype)
+    return expr if dtype_of(expr) == dtype else tirx.Cast(dtype, expr)
+
+
+def let(value: Expr, body: Callable[[Expr], Expr], name: str = "t") -> Expr:
+    """Bind ``value`` once and use it several times in ``body``."""
+    if isinstance(value, (ir.Var, *_LEAVES)):
+        return body(value)
+    var = tirx.Var(name, value.ty)
+    return tirx.Let(var, value, body(var))

@@ -1,0 +1,390 @@
+"""Loops for a contraction: packed panels, a register tile, and the epilogue applied to the tile.
+
+The shape of the code (B panels of ``nt`` columns, tiles of ``mt`` rows held in registers over the whole depth) is the
+inner part of the Goto algorithm (K. Goto and R. van de Geijn, "Anatomy of high-performance matrix multiplication",
+2008).  Rows that the tile does not divide are covered by a last tile that ends at the last row and overlaps the one
+before it, so the inner loop has no predicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import ir, tirx
+from tvm.sym import Analyzer, detect_linear_equation
+
+from trimtab.backends.tvm.codegen.contraction import (
+    Contraction,
+    Flattener,
+    accesses_of,
+    has_only_loads_as_users,
+)
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product, rewrite
+from trimtab.backends.tvm.codegen.loops import (
+    Stmt,
+    bind,
+    ceil_div,
+    flat_offset,
+    index,
+    load,
+    loop,
+    minimum,
+    scratch,
+    sequence,
+    store,
+    vectors,
+    zero,
+)
+from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.codegen.vector_math import lower_call
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Register tile: ``rows`` by ``columns`` accumulators, ``columns`` a multiple of ``lanes``."""
+
+    rows: int
+    columns: int
+    lanes: int
+
+
+def choose_tile(machine: Machine, dtype: str, rows: Expr, columns: Expr, fixed_columns: int | None = None) -> Tile:
+    """The tile with the least padded work for the known extents; ``fixed_columns`` is set by a packed operand."""
+    lanes = machine.lanes(dtype)
+    m, n = int_value(rows), int_value(columns)
+    best: tuple[float, Tile] | None = None
+    for height, vectors_wide in machine.tiles:
+        width = vectors_wide * lanes
+        if fixed_columns is not None and width != fixed_columns:
+            continue
+        height = min(height, m) if m is not None else height
+        row_cost = -(-m // height) * height / m if m else 1.0
+        column_cost = -(-n // width) * width / n if n else 1.0
+        # Few accumulators leave the multiply units waiting for each other.
+        busy = max(1.0, machine.chains / (height * vectors_wide))
+        cost = row_cost * column_cost * busy
+        if best is None or cost < best[0] - 0.005:
+            best = (cost, Tile(height, width, lanes))
+    if best is None:
+        height = min(machine.tiles[0][0], m) if m is not None else machine.tiles[0][0]
+        width = fixed_columns if fixed_columns is not None else machine.tiles[0][1] * lanes
+        return Tile(height, width, min(lanes, width))
+    return best[1]
+
+
+def accumulate_tile(
+    tile: Tile,
+    rows: int,
+    dtype: str,
+    depth: Expr,
+    a: Callable[[int, Expr], Expr],
+    b: Callable[[Expr, Expr], Expr],
+    finish: Callable[[Any], Stmt],
+) -> Stmt:
+    """``rows x tile.columns`` accumulators summed over ``depth``, then ``finish(accumulators)``.
+
+    Args:
+        a: factor at (row of the tile, k).
+        b: factor at (k, column of the tile).
+        finish: what to do with the filled accumulator buffer ``[rows, columns]``.
+    """
+    lanes = tile.lanes
+
+    def each_vector(body: Callable[[int, Expr], Stmt]) -> Stmt:
+        parts = []
+        for row in range(rows):
+            for start in range(0, tile.columns, lanes):
+                parts.append(loop(lanes, lambda lane, r=row, s=start: body(r, index(s) + lane), "vectorized", "lane"))
+        return sequence(*parts)
+
+    def with_accumulators(acc: Any) -> Stmt:
+        def multiply(k: Expr) -> Stmt:
+            return each_vector(lambda r, c: store(acc, [index(r), c], load(acc, index(r), c) + a(r, k) * b(k, c)))
+
+        return sequence(
+            each_vector(lambda r, c: store(acc, [index(r), c], zero(dtype))),
+            loop(depth, multiply, name="k"),
+            finish(acc),
+        )
+
+    return scratch([rows, tile.columns], dtype, with_accumulators, "acc", "local")
+
+
+class ContractionKernel:
+    """Generates the loop nest of one contraction and its epilogue."""
+
+    def __init__(self, contraction: Contraction, machine: Machine) -> None:
+        self.c = contraction
+        self.machine = machine
+        self.dtype = str(contraction.stage.buffer.dtype)
+        self.m, self.n, self.k = Flattener(contraction.m), Flattener(contraction.n), Flattener(contraction.k)
+        out_accesses = self._output_accesses()
+        self.m_linear = self.m.is_linear(out_accesses + accesses_of(contraction.a)) and self._free(contraction.m, a=True)
+        self.n_linear_out = self.n.is_linear(out_accesses) and self._free(contraction.n, a=False)
+        self.k_linear_a = self.k.is_linear(accesses_of(contraction.a)) and has_only_loads_as_users(contraction.a, contraction.k)
+        self.tile = choose_tile(machine, self.dtype, self.m.extent, self.n.extent, self._packed_width())
+        self.direct = self._reads_b_directly()
+
+    def generate(self) -> Stmt:
+        """The whole kernel, parallel over batch, column panels and (when those are few) row blocks."""
+        columns, rows = self.n.extent, self.m.extent
+        panels = ceil_div(columns, self.tile.columns)
+        batch = product([extent for _, extent in self.c.batch])
+        blocks = self._row_blocks(batch, panels)
+        batch_axes = Flattener(self.c.batch)
+
+        def task(flat: Expr) -> Stmt:
+            block = tirx.floormod(flat, index(blocks)) if blocks > 1 else index(0)
+            rest = tirx.floordiv(flat, index(blocks)) if blocks > 1 else flat
+            single = int_value(batch) == 1
+            panel = rest if single else tirx.floormod(rest, panels)
+            outer = index(0) if single else tirx.floordiv(rest, panels)
+            if int_value(panels) == 1:
+                panel, outer = index(0), rest
+            return bind(panel, lambda p: self._with_batch(batch_axes, outer, lambda values: self._panel(p, block, blocks, values)), "panel")
+
+        total = batch * panels * blocks
+        work = [int_value(e) for e in (batch, columns, rows, self.k.extent)]
+        small = all(w is not None for w in work) and _product(work) < self.machine.serial_work
+        return loop(total, task, "serial" if small else "parallel", "task")
+
+    def _with_batch(self, axes: Flattener, flat: Expr, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
+        values = axes.at(flat, linear=False)
+        pending = [(axis, value) for axis, value in values.items() if int_value(value) is None]
+
+        def step(position: int, bound: dict[Any, Expr]) -> Stmt:
+            if position == len(pending):
+                return body(bound)
+            axis, value = pending[position]
+            return bind(value, lambda v: step(position + 1, {**bound, axis: v}), "batch")
+
+        return step(0, {axis: value for axis, value in values.items() if int_value(value) is not None})
+
+    def _row_blocks(self, batch: Expr, panels: Expr) -> int:
+        known = [int_value(e) for e in (batch, panels, self.m.extent)]
+        if any(value is None for value in known):
+            return 1
+        tasks, rows = known[0] * known[1], known[2]
+        wanted = 1 if tasks >= 3 * self.machine.threads or tasks % self.machine.threads == 0 else -(-3 * self.machine.threads // tasks)
+        return max(1, min(wanted, rows // (2 * self.tile.rows)))
+
+    def _panel(self, panel: Expr, block: Expr, blocks: int, batch: dict[Any, Expr]) -> Stmt:
+        first_column = panel * index(self.tile.columns)
+        if self.direct:
+            def read(k: Expr, column: Expr) -> Expr:
+                return self._b_at(batch, self.k.at(k, linear=True), first_column + column)
+
+            return self._rows(first_column, block, blocks, batch, read)
+        depth = self.k.extent
+
+        def packed(buffer: Any) -> Stmt:
+            return sequence(
+                self._pack(buffer, first_column, batch),
+                self._rows(first_column, block, blocks, batch, lambda k, column: load(buffer, k, column)),
+            )
+
+        return scratch([depth, self.tile.columns], self.dtype, packed, "panel_b")
+
+    def _pack(self, buffer: Any, first_column: Expr, batch: dict[Any, Expr]) -> Stmt:
+        """Copy a panel of B, with its columns contiguous and zeros past the last column."""
+        wide = [(axis, extent) for axis, extent in self.c.k]
+        n_known = int_value(self.n.extent)
+        exact = n_known is not None and n_known % self.tile.columns == 0
+
+        def at_depth(position: int, values: dict[Any, Expr], flat: Expr) -> Stmt:
+            if position < len(wide):
+                axis, extent = wide[position]
+                return loop(extent, lambda v: at_depth(position + 1, {**values, axis: v}, flat * as_index(extent) + v), name="k")
+
+            def element(column: Expr) -> Stmt:
+                n = first_column + column
+                value = self._b_at(batch, values, n)
+                if not exact:
+                    value = tirx.if_then_else(n < self.n.extent, value, zero(self.dtype))
+                return store(buffer, [flat, column], value)
+
+            return loop(self.tile.columns, element, "serial", name="column")
+
+        if self._b_is_transposed() and len(wide) == 1:
+            axis, extent = wide[0]
+
+            def column_of(column: Expr) -> Stmt:
+                n = first_column + column
+
+                def copy(k: Expr) -> Stmt:
+                    return store(buffer, [k, column], self._b_at(batch, {axis: k}, n))
+
+                body = loop(extent, copy, name="k")
+                if exact:
+                    return body
+                clear = loop(extent, lambda k: store(buffer, [k, column], zero(self.dtype)), name="k")
+                return tirx.IfThenElse(n < self.n.extent, body, clear)
+
+            return loop(self.tile.columns, column_of, name="column")
+        return at_depth(0, {}, index(0))
+
+    def _rows(
+        self, first_column: Expr, block: Expr, blocks: int, batch: dict[Any, Expr], b: Callable[[Expr, Expr], Expr]
+    ) -> Stmt:
+        rows, height = self.m.extent, self.tile.rows
+        spill_shape = [height, self.tile.columns]
+
+        def tiles(height: int, spill: Any) -> Stmt:
+            def one(start: Expr) -> Stmt:
+                a_values = [{**batch, **self.m.at(start + index(r), self.m_linear)} for r in range(height)]
+
+                def a(row: int, k: Expr) -> Expr:
+                    return rewrite(self.c.a, {**a_values[row], **self.k.at(k, self.k_linear_a)})
+
+                def finish(acc: Any) -> Stmt:
+                    return self._store(acc, height, start, first_column, batch, spill)
+
+                return accumulate_tile(self.tile, height, self.dtype, self.k.extent, a, b, finish)
+
+            if int_value(rows) == height:
+                return one(index(0))
+            count = ceil_div(rows, height)
+            if blocks > 1:
+                share = ceil_div(count, blocks)
+                begin = block * share
+                end = minimum(begin + share, count)
+                return loop(tirx.max(end - begin, index(0)), lambda t: bind(minimum((begin + t) * height, rows - height), one, "row"), name="tile")
+            return loop(count, lambda t: bind(minimum(t * height, rows - height), one, "row"), name="tile")
+
+        def body(spill: Any) -> Stmt:
+            known = int_value(rows)
+            if known is not None:
+                return tiles(min(height, known), spill)
+            return tirx.IfThenElse(rows >= height, tiles(height, spill), tiles(1, spill))
+
+        n_known = int_value(self.n.extent)
+        if n_known is not None and n_known % self.tile.columns == 0:
+            return body(None)
+        return scratch(spill_shape, self.dtype, body, "spill")
+
+    def _store(self, acc: Any, rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr], spill: Any) -> Stmt:
+        """Apply the epilogue to a tile and write it, cutting the columns past the end."""
+
+        def element(row: int | Expr, column: Expr, product_value: Expr) -> Stmt:
+            axes = {**batch, **self.m.at(start + row, self.m_linear), **self.n.at(first_column + column, self.n_linear_out)}
+            return self._output(axes, product_value)
+
+        def whole() -> Stmt:
+            lanes = self.tile.lanes
+            parts = [
+                loop(lanes, lambda lane, r=row, s=begin: element(index(r), index(s) + lane, load(acc, index(r), index(s) + lane)), "vectorized", "lane")
+                for row in range(rows)
+                for begin in range(0, self.tile.columns, lanes)
+            ]
+            return sequence(*parts)
+
+        if spill is None:
+            return whole()
+        lanes = self.tile.lanes
+        copies = [
+            loop(lanes, lambda lane, r=row, s=begin: store(spill, [index(r), index(s) + lane], load(acc, index(r), index(s) + lane)), "vectorized", "lane")
+            for row in range(rows)
+            for begin in range(0, self.tile.columns, lanes)
+        ]
+        known = int_value(self.n.extent)
+        rest: Expr = index(known % self.tile.columns) if known is not None else self.n.extent - first_column
+
+        def row_tail(row: Expr) -> Stmt:
+            return vectors(rest, lanes, lambda column: element(row, column, load(spill, row, column)))
+
+        cut = sequence(*copies, loop(rows, row_tail, name="row"))
+        if known is not None and known < self.tile.columns:
+            return cut
+        return tirx.IfThenElse(first_column + index(self.tile.columns) <= self.n.extent, whole(), cut)
+
+    def _output(self, axes: dict[Any, Expr], product_value: Expr) -> Stmt:
+        c, out = self.c.stage, self.c.output
+        if out is None:
+            return store(c.buffer, [axes[axis] for axis in c.axes], product_value)
+        names = {out_axis: axes[axis] for out_axis, axis in zip(out.axes, c.axes, strict=True)}
+        var = tirx.Var("product", product_value.ty)
+
+        def own(buffer: Any, indices: list[Expr]) -> Expr | None:
+            return var if buffer.same_as(c.buffer) else None
+
+        value = rewrite(out.value, names, own, lower_call)
+        return store(out.buffer, [names[axis] for axis in out.axes], tirx.Let(var, product_value, value))
+
+    def _output_accesses(self) -> list[tuple[Any, Any]]:
+        c, out = self.c.stage, self.c.output
+        if out is None:
+            return [(c.buffer, c.axes)]
+        back = dict(zip(out.axes, c.axes, strict=True))
+        value = rewrite(out.value, back)
+        return [(out.buffer, [back[axis] for axis in out.axes]), *accesses_of(value)]
+
+    def _free(self, axes: list[tuple[Any, Expr]], a: bool) -> bool:
+        """Whether the axes only index buffers, so that an out-of-range inner axis is harmless."""
+        out = self.c.output
+        if a and not has_only_loads_as_users(self.c.a, axes):
+            return False
+        if out is None:
+            return True
+        forward = {axis: out_axis for out_axis, axis in zip(out.axes, self.c.stage.axes, strict=True)}
+        return has_only_loads_as_users(out.value, [(forward[axis], extent) for axis, extent in axes])
+
+    def _b_at(self, batch: dict[Any, Expr], k: dict[Any, Expr], n: Expr) -> Expr:
+        return rewrite(self.c.b, {**batch, **k, **self.n.at(n, self._n_linear_b())}, call=lower_call)
+
+    def _n_linear_b(self) -> bool:
+        if not hasattr(self, "_n_linear_b_cached"):
+            self._n_linear_b_cached = self.n.is_linear(accesses_of(self.c.b)) and has_only_loads_as_users(self.c.b, self.c.n)
+        return self._n_linear_b_cached
+
+    def _packed_width(self) -> int | None:
+        """Columns per panel when B is stored as ``[panels, depth, columns]``."""
+        b = self.c.b
+        if not isinstance(b, ir.TensorLoad) or len(self.c.n) != 1 or len(b.source.shape) < 3:
+            return None
+        return int_value(b.source.shape[-1]) if isinstance(b.indices[-1], tirx.FloorMod) else None
+
+    def _b_coefficients(self) -> tuple[int | None, int | None]:
+        """Steps of B's position along a column and along k inside a panel; None where not constant or not linear."""
+        b = self.c.b
+        while isinstance(b, tirx.Cast):
+            b = b.value
+        if not isinstance(b, ir.TensorLoad) or not self.k.is_linear(accesses_of(b)):
+            return None, None
+        analyzer = Analyzer()
+        panel, column, depth = tirx.Var("p", "int64"), tirx.Var("c", "int64"), tirx.Var("k", "int64")
+        analyzer.bind(column, ir.Range(0, self.tile.columns))
+        analyzer.bind(panel, ir.Range(0, 1 << 30))
+        n = panel * index(self.tile.columns) + column
+        values = {**self.n.at(n, self._n_linear_b()), **self.k.at(depth, True)}
+        indices = [analyzer.simplify(rewrite(i, values)) for i in b.indices]
+        position = analyzer.simplify(flat_offset(b.source.shape, indices))
+        found = list(detect_linear_equation(position, [column, depth]))
+        if len(found) != 3:
+            return None, None
+        return int_value(analyzer.simplify(found[0])), int_value(analyzer.simplify(found[1]))
+
+    def _reads_b_directly(self) -> bool:
+        step, depth_step = self._b_coefficients()
+        if step != 1 or isinstance(self.c.b, tirx.Cast):
+            return False
+        if self._packed_width() is not None:
+            return True
+        n_known, rows = int_value(self.n.extent), int_value(self.m.extent)
+        if n_known is None or n_known % self.tile.columns:
+            return False
+        few_rows = rows is not None and rows <= 2 * self.tile.rows
+        narrow = n_known <= self.tile.columns * 2
+        return few_rows or narrow or depth_step == self.tile.columns
+
+    def _b_is_transposed(self) -> bool:
+        step, depth_step = self._b_coefficients()
+        return depth_step == 1 and step != 1
+
+
+def _product(values: list[Any]) -> int:
+    total = 1
+    for value in values:
+        total *= value
+    return total

@@ -1,0 +1,125 @@
+"""Small constructors for TIR loops, scratch buffers and vector accesses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value
+
+Stmt = Any
+INDEX = "int64"
+
+
+def index(value: int) -> Expr:
+    return tirx.const(value, INDEX)
+
+
+def sequence(*statements: Stmt | None) -> Stmt:
+    """Statements in order; ``None`` entries are skipped, nested sequences flattened."""
+    flat: list[Stmt] = []
+    for statement in statements:
+        if statement is None:
+            continue
+        flat += list(statement.seq) if isinstance(statement, tirx.SeqStmt) else [statement]
+    return flat[0] if len(flat) == 1 else tirx.SeqStmt(flat)
+
+
+def loop(
+    extent: Expr | int,
+    body: Callable[[Expr], Stmt],
+    kind: str = "serial",
+    name: str = "i",
+) -> Stmt:
+    """A loop from 0; extent 1 vanishes. ``kind`` is serial, parallel, vectorized or unrolled."""
+    if int_value(extent) == 1:
+        return body(index(0))
+    var = tirx.Var(name, INDEX)
+    return tirx.For(var, index(0), as_index(extent), getattr(tirx.ForKind, kind.upper()), body(var))
+
+
+def bind(value: Expr, body: Callable[[Expr], Stmt], name: str = "v") -> Stmt:
+    """Compute ``value`` once before ``body``."""
+    if int_value(value) is not None:
+        return body(value)
+    var = tirx.Var(name, value.ty)
+    return sequence(tirx.Bind(var, value), body(var))
+
+
+def scratch(shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt], name: str = "scratch", scope: str = "global") -> Stmt:
+    """Allocate a buffer that lives during ``body``."""
+    buffer = tirx.decl_buffer([as_index(extent) for extent in shape], dtype, name=name, scope=scope, data_alignment=64)
+    return sequence(tirx.AllocBuffer(buffer), body(buffer))
+
+
+def store(buffer: Any, indices: Sequence[Expr], value: Expr) -> Stmt:
+    return tirx.BufferStore(buffer, value, list(indices))
+
+
+def load(buffer: Any, *indices: Expr) -> Expr:
+    return tirx.BufferLoad(buffer, list(indices))
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    return tirx.min(a, b)
+
+
+def zero(dtype: str) -> Expr:
+    return tirx.const(0, dtype)
+
+
+def ceil_div(a: Expr | int, b: int) -> Expr:
+    value = int_value(a)
+    if value is not None:
+        return index(-(-value // b))
+    return tirx.floordiv(as_index(a) + index(b - 1), index(b))
+
+
+def floor_div(a: Expr | int, b: int) -> Expr:
+    value = int_value(a)
+    return index(value // b) if value is not None else tirx.floordiv(as_index(a), index(b))
+
+
+def vectors(extent: Expr | int, lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """Apply ``body`` to every index below ``extent``, ``lanes`` at a time, as :func:`blocks` does."""
+    return blocks(extent, lanes, lambda start, width: lanes_of(start, width, body))
+
+
+def lanes_of(start: Expr, width: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """``body`` at ``start .. start + width`` as one vector operation."""
+    return loop(width, lambda lane: body(start + lane), "vectorized", "lane")
+
+
+def blocks(extent: Expr | int, width: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
+    """Cover ``range(extent)`` with calls ``body(start, width)``.
+
+    A remainder is done by a last block that ends at ``extent`` and overlaps the one before it, which is right for
+    bodies that may run twice on an element.  Ranges shorter than a block use narrower ones; ranges of unknown length
+    shorter than a block go element by element.
+    """
+    known = int_value(extent)
+    if known is not None:
+        if known < width:
+            width = 1 << (known.bit_length() - 1)
+        full, rest = divmod(known, width)
+        main = loop(full, lambda i: body(i * index(width), width), name="block")
+        return sequence(main, body(index(known - width), width) if rest else None)
+    extent = as_index(extent)
+    overlapped = loop(
+        ceil_div(extent, width),
+        lambda i: bind(minimum(i * index(width), extent - index(width)), lambda start: body(start, width), "start"),
+        name="block",
+    )
+    return tirx.IfThenElse(extent >= index(width), overlapped, loop(extent, lambda i: body(i, 1), name="element"))
+
+
+def flat_offset(shape: Sequence[Expr], indices: Sequence[Expr]) -> Expr:
+    """Row-major position of ``indices`` in a buffer of ``shape``."""
+    total: Expr = index(0)
+    for extent, position in zip(shape, indices, strict=True):
+        total = total * as_index(extent) + as_index(position)
+    return total
+
+

@@ -1,0 +1,37 @@
+"""What the kernel generators need to know about a processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2,
+          "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Vector width, register tiles and parallelism of a target.
+
+    Attributes:
+        vector_bytes: width of a vector register.
+        tiles: register tiles to choose from as (rows, vectors per row), the preferred one first.
+        chains: independent accumulators needed to keep the multiply units busy.
+        threads: worker threads the code will run with; 0 is never valid here.
+        serial_work: multiply-adds (or elements) below which a parallel launch costs more than it gains.
+    """
+
+    vector_bytes: int
+    tiles: tuple[tuple[int, int], ...]
+    chains: int = 10
+    threads: int = 2
+    serial_work: int = 65536
+
+    def lanes(self, dtype: str) -> int:
+        """Elements of ``dtype`` in a vector register."""
+        return max(1, self.vector_bytes // _BYTES.get(dtype, 4))
+
+
+AVX512 = Machine(64, ((8, 3), (6, 4), (14, 2), (12, 2), (16, 1)))
+AVX2 = Machine(32, ((6, 2), (4, 3), (12, 1)))
+NEON = Machine(16, ((8, 2), (6, 4), (8, 3), (12, 2)), chains=8)
+SCALAR = Machine(16, ((4, 2), (8, 1)), chains=4)

@@ -1,0 +1,450 @@
+"""Default loops for everything that is not a matrix product: pointwise stages, reductions, and row kernels.
+
+Stages that share their leading axes (softmax, layer norm, group norm, ...) become one loop over rows in which the
+intermediate results of a row live in a small buffer.  Innermost axes are vectorised whenever some access is
+contiguous along them, reductions included: those keep a vector of partial results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.sym import Analyzer, detect_linear_equation
+
+from trimtab.backends.tvm.codegen.contraction import Axes, Flattener, accesses_of, has_only_loads_as_users
+from trimtab.backends.tvm.codegen.expression import (
+    Expr,
+    as_index,
+    calls_of,
+    dtype_of,
+    int_value,
+    loads_of,
+    product,
+    rewrite,
+)
+from trimtab.backends.tvm.codegen.loops import (
+    Stmt,
+    bind,
+    blocks,
+    ceil_div,
+    flat_offset,
+    index,
+    lanes_of,
+    load,
+    loop,
+    minimum,
+    scratch,
+    sequence,
+    store,
+    vectors,
+)
+from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.codegen.program import Program, Stage
+from trimtab.backends.tvm.codegen.vector_math import lower_call
+
+_UNROLL = 4
+
+
+@dataclass
+class RowGroup:
+    """Stages computed row by row; the first ``depth`` axes of each are the row."""
+
+    stages: list[Stage]
+    depth: int
+
+
+def group_stages(program: Program, stages: Sequence[Stage]) -> list[RowGroup]:
+    """Split consecutive stages into groups that share leading axes."""
+    groups: list[RowGroup] = []
+    for stage in stages:
+        if groups:
+            joined = [*groups[-1].stages, stage]
+            depth = shared_depth(program, joined)
+            if depth >= 1 and _reads_any(stage, groups[-1].stages):
+                groups[-1] = RowGroup(joined, depth)
+                continue
+        groups.append(RowGroup([stage], 0))
+    return groups
+
+
+def _reads_any(stage: Stage, others: Sequence[Stage]) -> bool:
+    return any(access.source.same_as(other.buffer) for access in loads_of(stage.value) for other in others)
+
+
+def shared_depth(program: Program, stages: Sequence[Stage]) -> int:
+    """How many leading axes all stages and all accesses to their intermediate results have in common."""
+    depth = min(len(stage.axes) for stage in stages)
+    first = stages[0]
+    for stage in stages[1:]:
+        for position in range(depth):
+            if not Analyzer().can_prove_equal(as_index(stage.extents[position]), as_index(first.extents[position])):
+                depth = position
+                break
+    written = [stage.buffer for stage in stages]
+    for stage in stages:
+        for access in loads_of(stage.value):
+            if any(access.source.same_as(buffer) for buffer in written):
+                agreeing = 0
+                for position, axis in zip(access.indices, stage.axes, strict=False):
+                    if not position.same_as(axis):
+                        break
+                    agreeing += 1
+                # A unit axis is addressed by a constant instead of by its variable.
+                while agreeing < min(len(access.indices), depth) and int_value(stage.extents[agreeing]) == 1:
+                    agreeing += 1
+                depth = min(depth, agreeing)
+    return depth
+
+
+class RowKernel:
+    """Generates the loops of one group.
+
+    Args:
+        machine: vector width and threads.
+        group: the stages.
+        local: buffers of the group that nothing outside reads; they shrink to one row.
+    """
+
+    def __init__(self, machine: Machine, group: RowGroup, local: Sequence[Any]) -> None:
+        self.machine = machine
+        self.group = group
+        self.local = list(local)
+
+    def generate(self) -> Stmt:
+        if len(self.group.stages) == 1 and not self.group.stages[0].is_reduction:
+            return self._pointwise(self.group.stages[0])
+        if len(self.group.stages) == 1:
+            stage = self.group.stages[0]
+            depth = len(stage.axes)
+            # Keep the innermost axis inside the row when the operands are contiguous along it, not along a reduction.
+            if depth and not self._vectorises_reduction(stage, stage.axes[-1:]):
+                depth -= 1
+            self.group = RowGroup([stage], depth)
+        return self._rows()
+
+    def _rows(self) -> Stmt:
+        stages, depth = self.group.stages, self.group.depth
+        row_axes = [Flattener(list(zip(s.axes[:depth], s.extents[:depth], strict=True))) for s in stages]
+        linear = all(
+            axes.is_linear([a for a in self._accesses(stage) if not self._is_local(a[0])])
+            and has_only_loads_as_users(stage.value, axes.axes)
+            for axes, stage in zip(row_axes, stages, strict=True)
+        )
+        count = row_axes[0].extent
+
+        def row(flat: Expr) -> Stmt:
+            def with_scratch(position: int, table: list[tuple[Any, Any]]) -> Stmt:
+                if position == len(self.local):
+                    return sequence(*(self._stage(s, f.at(flat, linear), depth, table) for s, f in zip(stages, row_axes, strict=True)))
+                buffer = self.local[position]
+                shape = [as_index(extent) for extent in buffer.shape[depth:]] or [index(1)]
+                return scratch(shape, str(buffer.dtype), lambda b: with_scratch(position + 1, [*table, (buffer, b)]), "row_" + buffer.name)
+
+            return with_scratch(0, [])
+
+        return loop(count, row, self._kind(sum_work(stages)), "row")
+
+    def _stage(self, stage: Stage, row: dict[Any, Expr], depth: int, table: list[tuple[Any, Any]]) -> Stmt:
+        rest = list(zip(stage.axes[depth:], stage.extents[depth:], strict=True))
+
+        def redirect(buffer: Any, indices: list[Expr]) -> Expr | None:
+            for full, small in table:
+                if buffer.same_as(full):
+                    return tirx.BufferLoad(small, indices[depth:] or [index(0)])
+            return None
+
+        def value(axes: dict[Any, Expr]) -> Expr:
+            return rewrite(stage.value, {**row, **axes}, redirect, lower_call)
+
+        def write(axes: dict[Any, Expr], result: Expr) -> Stmt:
+            inner = [axes[axis] for axis, _ in rest]
+            for full, small in table:
+                if stage.buffer.same_as(full):
+                    return store(small, inner or [index(0)], result)
+            return store(stage.buffer, [*(row[axis] for axis in stage.axes[:depth]), *inner], result)
+
+        if stage.is_reduction:
+            return self._reduction(stage, rest, value, write)
+        outer, inner = self._split_inner(stage, rest)
+        lanes = self._lanes(stage)
+
+        def innermost(axes: dict[Any, Expr]) -> Stmt:
+            if not inner.axes:
+                return write(axes, value(axes))
+
+            def at(flat: Expr) -> Stmt:
+                point = {**axes, **inner.at(flat, linear=True)}
+                return write(point, value(point))
+
+            return vectors(inner.extent, lanes, at)
+
+        return self._nest(outer, innermost)
+
+    def _split_inner(self, stage: Stage, axes: Axes) -> tuple[Axes, Flattener]:
+        """Outer axes, and the longest run of innermost axes that can be walked as one."""
+        if not axes:
+            return [], Flattener([])
+        best = len(axes) - 1
+        for start in range(len(axes) - 2, -1, -1):
+            candidate = axes[start:]
+            if not has_only_loads_as_users(stage.value, candidate):
+                break
+            if not Flattener(candidate).is_linear(self._accesses(stage)):
+                break
+            best = start
+        return axes[:best], Flattener(axes[best:])
+
+    def _pointwise(self, stage: Stage) -> Stmt:
+        axes = list(zip(stage.axes, stage.extents, strict=True))
+        while len(axes) > 1 and int_value(axes[-1][1]) == 1:
+            axes.insert(0, axes.pop())
+        outer, inner = self._split_inner(stage, axes)
+        lanes = self._lanes(stage)
+        kind = self._kind(sum_work([stage]))
+
+        def element(point: dict[Any, Expr]) -> Stmt:
+            return store(stage.buffer, [point[axis] for axis in stage.axes], rewrite(stage.value, point, call=lower_call))
+
+        if not axes:
+            return element({})
+        if all(int_value(extent) == 1 for _, extent in outer):
+            unit = {axis: index(0) for axis, _ in outer}
+            return self._flat(inner, lanes, kind, lambda flat: element({**unit, **inner.at(flat, linear=True)}))
+        rows = Flattener(outer)
+
+        def row(flat: Expr) -> Stmt:
+            values = rows.at(flat, linear=False)
+            return self._bound(values, lambda bound: vectors(inner.extent, lanes, lambda f: element({**bound, **inner.at(f, linear=True)})))
+
+        return loop(rows.extent, row, kind, "row")
+
+    def _flat(self, inner: Flattener, lanes: int, kind: str, element: Callable[[Expr], Stmt]) -> Stmt:
+        width = lanes * _UNROLL
+        total = inner.extent
+        known = int_value(total)
+        if kind == "serial" or (known is not None and known < width):
+            return vectors(total, lanes, element)
+
+        def block(i: Expr) -> Stmt:
+            def at(start: Expr) -> Stmt:
+                return sequence(*(lanes_of(start + index(u * lanes), lanes, element) for u in range(_UNROLL)))
+
+            if known is not None and known % width == 0:
+                return at(i * index(width))
+            return bind(minimum(i * index(width), total - index(width)), at, "start")
+
+        main = loop(ceil_div(total, width), block, kind, "block")
+        if known is not None:
+            return main
+        return tirx.IfThenElse(total >= index(width), main, vectors(total, lanes, element))
+
+    def _reduction(
+        self,
+        stage: Stage,
+        rest: Axes,
+        value: Callable[[dict[Any, Expr]], Expr],
+        write: Callable[[dict[Any, Expr], Expr], Stmt],
+    ) -> Stmt:
+        dtype = dtype_of(stage.value)
+        lanes = self._lanes(stage)
+        if rest and not self._vectorises_reduction(stage, [axis for axis, _ in rest]):
+            outer, (inner, extent) = rest[:-1], rest[-1]
+
+            def columns(axes: dict[Any, Expr]) -> Stmt:
+                def block(start: Expr, width: int) -> Stmt:
+                    return self._accumulate_columns(stage, {**axes}, inner, start, width, dtype, value, write)
+
+                return blocks(extent, lanes, block)
+
+            return self._nest(outer, columns)
+
+        def total(axes: dict[Any, Expr]) -> Stmt:
+            return self._accumulate_depth(stage, axes, dtype, lanes, value, write)
+
+        return self._nest(rest, total)
+
+    def _accumulate_columns(
+        self, stage: Stage, axes: dict[Any, Expr], inner: Any, start: Expr, width: int, dtype: str, value: Any, write: Any
+    ) -> Stmt:
+        """A vector of results: reduction loops outside, lanes inside."""
+
+        def with_acc(acc: Any) -> Stmt:
+            def update(reduced: dict[Any, Expr]) -> Stmt:
+                def lane_update(lane: Expr) -> Stmt:
+                    operand = value({**axes, inner: start + lane, **reduced})
+                    return store(acc, [lane], combine(stage.combine, load(acc, lane), operand))
+
+                return loop(width, lane_update, "vectorized", "lane")
+
+            return sequence(
+                loop(width, lambda lane: store(acc, [lane], stage.init), "vectorized", "lane"),
+                self._nest(stage.reduce_axes, update),
+                loop(width, lambda lane: write({**axes, inner: start + lane}, load(acc, lane)), "vectorized", "lane"),
+            )
+
+        return scratch([width], dtype, with_acc, "acc", "local")
+
+    def _accumulate_depth(
+        self, stage: Stage, axes: dict[Any, Expr], dtype: str, lanes: int, value: Any, write: Any
+    ) -> Stmt:
+        """One result: lanes run along the innermost reduction axes and are combined at the end."""
+        outer, inner = self._split_reduce(stage)
+        known = int_value(inner.extent)
+        width = lanes * _UNROLL
+        if known is not None:
+            while width > max(1, known):
+                width //= 2
+        neutral = identity(stage.combine, dtype)
+
+        def block(acc: Any, reduced: dict[Any, Expr], start: Expr, first: Expr | None, width: int) -> Stmt:
+            def part(begin: int, count: int) -> Stmt:
+                def lane_update(lane: Expr) -> Stmt:
+                    slot = index(begin) + lane
+                    operand = value({**axes, **reduced, **inner.at(start + slot, linear=True)})
+                    if first is not None and stage.combine in ("add", "mul"):
+                        operand = tirx.Select(start + slot >= first, operand, neutral)
+                    return store(acc, [slot], combine(stage.combine, load(acc, slot), operand))
+
+                return loop(count, lane_update, "vectorized", "lane")
+
+            step = min(lanes, width)
+            return sequence(*(part(begin, step) for begin in range(0, width, step)))
+
+        def walk(acc: Any, width: int) -> Stmt:
+            def run(reduced: dict[Any, Expr]) -> Stmt:
+                if known is not None:
+                    full, rest = divmod(known, width)
+                    main = loop(full, lambda i: block(acc, reduced, i * index(width), None, width), name="block")
+                    last = block(acc, reduced, index(known - width), index(full * width), width) if rest else None
+                    return sequence(main, last)
+                extent = inner.extent
+                full = tirx.floordiv(extent, index(width))
+                main = loop(full, lambda i: block(acc, reduced, i * index(width), None, width), name="block")
+                rest = loop(
+                    extent - full * index(width),
+                    lambda i: block(acc, reduced, full * index(width) + i, None, 1),
+                    name="element",
+                )
+                return sequence(main, rest)
+
+            return self._nest(outer, run)
+
+        def with_acc(acc: Any) -> Stmt:
+            fill = [
+                loop(min(lanes, width), lambda lane, b=begin: store(acc, [index(b) + lane], neutral), "vectorized", "lane")
+                for begin in range(0, width, min(lanes, width))
+            ]
+            folds, size = [], width
+            while size > 1:
+                size //= 2
+                step = min(lanes, size)
+                for begin in range(0, size, step):
+                    def fold(lane: Expr, b: int = begin, half: int = size) -> Stmt:
+                        slot = index(b) + lane
+                        return store(acc, [slot], combine(stage.combine, load(acc, slot), load(acc, slot + index(half))))
+
+                    folds.append(loop(step, fold, "vectorized", "lane"))
+            result = combine(stage.combine, stage.init, load(acc, index(0)))
+            if getattr(stage.init, "value", None) == getattr(neutral, "value", 1):
+                result = load(acc, index(0))
+            return sequence(*fill, walk(acc, width), *folds, write(axes, result))
+
+        return scratch([width], dtype, with_acc, "acc", "local")
+
+    def _split_reduce(self, stage: Stage) -> tuple[Axes, Flattener]:
+        axes = [axis for axis in stage.reduce_axes if int_value(axis[1]) != 1] or stage.reduce_axes[-1:]
+        outer, inner = self._split_inner(stage, axes)
+        units = [axis for axis in stage.reduce_axes if all(axis[0] is not a for a, _ in axes)]
+        return [*units, *outer], inner
+
+    def _vectorises_reduction(self, stage: Stage, spatial: Sequence[Any]) -> bool:
+        """Whether operands are contiguous along the innermost reduction axis rather than along the last spatial one."""
+        reduce_axes = [axis for axis, extent in stage.reduce_axes if int_value(extent) != 1]
+        if not reduce_axes:
+            return False
+        if not spatial:
+            return True
+        return self._contiguous(stage, reduce_axes[-1]) >= max(1, self._contiguous(stage, spatial[-1]))
+
+    def _contiguous(self, stage: Stage, axis: Any) -> int:
+        count = 0
+        for buffer, indices in accesses_of(stage.value):
+            found = list(detect_linear_equation(Analyzer().simplify(flat_offset(buffer.shape, indices)), [axis]))
+            count += len(found) == 2 and int_value(found[0]) == 1
+        return count
+
+    def _accesses(self, stage: Stage) -> list[tuple[Any, Sequence[Expr]]]:
+        return [(stage.buffer, stage.axes), *accesses_of(stage.value)] if not stage.is_reduction else accesses_of(stage.value)
+
+    def _is_local(self, buffer: Any) -> bool:
+        return any(buffer.same_as(other) for other in self.local)
+
+    def _lanes(self, stage: Stage) -> int:
+        """Lanes for a stage: those of its widest element type, one for calls that have no vector form."""
+        if any(name in _SCALAR_CALLS for name in calls_of(stage.value)):
+            return 1
+        kinds = {str(stage.buffer.dtype), dtype_of(stage.value), *(str(a.source.dtype) for a in loads_of(stage.value))}
+        return min(self.machine.lanes(kind) for kind in kinds if kind != "bool") if kinds != {"bool"} else self.machine.lanes("int8")
+
+    def _kind(self, work: int | None) -> str:
+        return "serial" if work is not None and work < self.machine.serial_work // 8 else "parallel"
+
+    def _bound(self, values: dict[Any, Expr], body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
+        pending = [(axis, value) for axis, value in values.items() if int_value(value) is None]
+
+        def step(position: int, bound: dict[Any, Expr]) -> Stmt:
+            if position == len(pending):
+                return body(bound)
+            axis, value = pending[position]
+            return bind(value, lambda v: step(position + 1, {**bound, axis: v}), "at")
+
+        return step(0, {axis: value for axis, value in values.items() if int_value(value) is not None})
+
+    def _nest(self, axes: Axes, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
+        def level(position: int, values: dict[Any, Expr]) -> Stmt:
+            if position == len(axes):
+                return body(values)
+            axis, extent = axes[position]
+            return loop(extent, lambda v: level(position + 1, {**values, axis: v}), name="r")
+
+        return level(0, {})
+
+
+_SCALAR_CALLS = {"prim.if_then_else", "tirx.call_extern", "tirx.call_pure_extern"}
+
+
+def sum_work(stages: Sequence[Stage]) -> int | None:
+    """Elements visited by all stages, or None when some extent is symbolic."""
+    total = 0
+    for stage in stages:
+        work = int_value(product([*stage.extents, *(extent for _, extent in stage.reduce_axes)]))
+        if work is None:
+            return None
+        total += work * (8 if any(name.startswith("tirx.") for name in calls_of(stage.value)) else 1)
+    return total
+
+
+def combine(kind: str, a: Expr, b: Expr) -> Expr:
+    """One reduction step. ``max`` and ``min`` of floats return NaN when either operand is NaN, as torch does."""
+    if kind == "add":
+        return a + b
+    if kind == "mul":
+        return a * b
+    if "float" in dtype_of(a):
+        better = b <= a if kind == "max" else b >= a
+        return tirx.Select(tirx.Or(better, a != a), a, b)
+    return tirx.max(a, b) if kind == "max" else tirx.min(a, b)
+
+
+def identity(kind: str, dtype: str) -> Expr:
+    """The neutral element of a reduction."""
+    if kind in ("add", "mul"):
+        return tirx.const(0 if kind == "add" else 1, dtype)
+    if "float" in dtype and dtype != "bfloat16":
+        return tirx.const(float("-inf") if kind == "max" else float("inf"), dtype)
+    return tirx.min_value(dtype) if kind == "max" else tirx.max_value(dtype)
+
+

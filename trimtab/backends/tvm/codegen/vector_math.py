@@ -1,0 +1,191 @@
+"""Float32 transcendental functions as straight-line arithmetic, so that they vectorise.
+
+TVM lowers ``exp``, ``erf``, ``tanh`` ... to libm calls, one scalar call per element.  The versions here are
+polynomials with range reduction, accurate to a few units in the last place, and pass NaN and infinities through.
+Coefficients of ``exp``, ``log``, ``sin``/``cos`` follow the Cephes library (S. Moshier, single precision); ``tanh`` is
+computed from ``expm1``; ``erf`` is the odd rational minimax approximation on [-4, 4] known from Eigen.  Double
+precision keeps libm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+
+from trimtab.backends.tvm.codegen.expression import Expr, let
+
+
+def f32(value: float) -> Expr:
+    return tirx.const(value, "float32")
+
+
+def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Horner evaluation, highest power first."""
+    total = f32(coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * x + f32(coefficient)
+    return total
+
+
+def _bits(x: Expr) -> Expr:
+    return tirx.reinterpret("int32", x)
+
+
+def _float(bits: Expr) -> Expr:
+    return tirx.reinterpret("float32", bits)
+
+
+_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the rounded integer in the low mantissa bits
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def _scale_two(value: Expr, rounded: Expr) -> Expr:
+    """``value * 2**n`` for the integer n in the low bits of ``rounded``, in two steps so that denormals survive."""
+
+    def steps(n: Expr) -> Expr:
+        half = n >> tirx.const(1, "int32")
+        first = _float((half + tirx.const(127, "int32")) << tirx.const(23, "int32"))
+        second = _float((n - half + tirx.const(127, "int32")) << tirx.const(23, "int32"))
+        return value * first * second
+
+    return let(_bits(rounded) - tirx.const(0x4B400000, "int32"), steps, "n")
+
+
+def _clamp_keeping_nan(x: Expr, low: float, high: float) -> Expr:
+    # Comparisons with NaN are false, so a NaN passes both selects.
+    return let(tirx.Select(x < f32(low), f32(low), x), lambda y: tirx.Select(y > f32(high), f32(high), y))
+
+
+def exp(x: Expr) -> Expr:
+    """``e**x``, about 1 ulp; 0 below -104, infinity above 88.7."""
+
+    def core(y: Expr) -> Expr:
+        return let(y * f32(1.44269504088896341) + f32(_ROUND), lambda rounded: let(
+            rounded - f32(_ROUND), lambda n: let(
+                y - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW), lambda r: _scale_two(
+                    _polynomial(r, _EXP) * (r * r) + r + f32(1.0), rounded))))
+
+    return let(_clamp_keeping_nan(x, -104.5, 88.8), core, "y")
+
+
+def _expm1_small(y: Expr) -> Expr:
+    """``e**y - 1`` for y in [-90, 0], without cancellation near zero: (p - 1) * 2**n + (2**n - 1)."""
+
+    def scaled(rounded: Expr) -> Expr:
+        n = rounded - f32(_ROUND)
+        two = _float((_bits(rounded) - tirx.const(0x4B400000 - 127, "int32")) << tirx.const(23, "int32"))
+        return let(two, lambda t: let(
+            y - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW),
+            lambda r: (_polynomial(r, _EXP) * (r * r) + r) * t + (t - f32(1.0))))
+
+    return let(y * f32(1.44269504088896341) + f32(_ROUND), scaled)
+
+
+def _with_sign_of(magnitude: Expr, x: Expr) -> Expr:
+    return _float(_bits(magnitude) | (_bits(x) & tirx.const(-(2**31), "int32")))
+
+
+def _magnitude(x: Expr) -> Expr:
+    return _float(_bits(x) & tirx.const(0x7FFFFFFF, "int32"))
+
+
+def tanh(x: Expr) -> Expr:
+    """Hyperbolic tangent: ``-e / (e + 2)`` with ``e = expm1(-2|x|)``."""
+
+    def core(v: Expr) -> Expr:
+        return let(_clamp_keeping_nan(f32(-2.0) * _magnitude(v), -40.0, 0.0), lambda y: let(
+            _expm1_small(y), lambda e: _with_sign_of(f32(0.0) - e / (e + f32(2.0)), v)))
+
+    return let(x, core, "x")
+
+
+def sigmoid(x: Expr) -> Expr:
+    """Logistic function ``1 / (1 + exp(-x))``."""
+    return f32(1.0) / (f32(1.0) + exp(f32(0.0) - x))
+
+
+_LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+
+
+def log(x: Expr) -> Expr:
+    """Natural logarithm, about 1 ulp; -inf at 0, NaN below, denormals handled by scaling."""
+
+    def core(v: Expr) -> Expr:
+        tiny = v < f32(1.17549435e-38)
+        return let(tirx.Select(tiny, v * f32(8388608.0), v), lambda s: let(
+            _bits(s), lambda b: let(
+                (b - tirx.const(0x3F3504F3, "int32")) >> tirx.const(23, "int32"), lambda e: let(
+                    _float(b - (e << tirx.const(23, "int32"))) - f32(1.0), lambda m: let(
+                        tirx.Cast("float32", e) - tirx.Select(tiny, f32(23.0), f32(0.0)), lambda n: let(
+                            m * m, lambda z: _log_edges(v, (
+                                (_polynomial(m, _LOG) * m * z + n * f32(-2.12194440e-4)) - f32(0.5) * z)
+                                + m + n * f32(0.693359375))))))))
+
+    return let(x, core, "x")
+
+
+def _log_edges(x: Expr, value: Expr) -> Expr:
+    infinity, nan = f32(float("inf")), f32(float("nan"))
+    finite = tirx.Select(x == infinity, infinity, value)
+    positive = tirx.Select(x == f32(0.0), f32(float("-inf")), finite)
+    return tirx.Select(x >= f32(0.0), positive, nan)
+
+
+_ERF_NUMERATOR = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
+                  -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)  # fmt: skip
+_ERF_DENOMINATOR = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
+                    -1.42647390514189e-02)  # fmt: skip
+
+
+def erf(x: Expr) -> Expr:
+    """Error function, relative error below 1e-6."""
+    return let(_clamp_keeping_nan(x, -4.0, 4.0), lambda y: let(
+        y * y, lambda s: y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR)))
+
+
+_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+
+
+def _quadrant(x: Expr, shift: int) -> Expr:
+    """sin(x + shift*pi/2) by reduction to [-pi/4, pi/4] with pi/2 split in three parts (good to |x| of about 1e4)."""
+
+    def reduced(rounded: Expr, v: Expr) -> Expr:
+        def parts(n: Expr) -> Expr:
+            r0 = v - n * f32(1.5703125) - n * f32(4.837512969970703125e-4) - n * f32(7.549789948768648e-8)
+            quadrant = _bits(rounded) + tirx.const(shift, "int32")
+            odd = (quadrant & tirx.const(1, "int32")) != tirx.const(0, "int32")
+            sign = (quadrant & tirx.const(2, "int32")) << tirx.const(30, "int32")
+            return let(r0, lambda r: let(r * r, lambda z: _float(_bits(tirx.Select(
+                odd,
+                _polynomial(z, _COS) * z * z - f32(0.5) * z + f32(1.0),
+                _polynomial(z, _SIN) * z * r + r)) ^ sign)))
+
+        return let(rounded - f32(_ROUND), parts)
+
+    return let(x, lambda v: let(v * f32(0.636619772367581343) + f32(_ROUND), lambda rounded: reduced(rounded, v)))
+
+
+def sin(x: Expr) -> Expr:
+    """Sine, absolute error about 1e-7 for |x| < 8192; larger arguments go through libm."""
+    return _quadrant(x, 0)
+
+
+def cos(x: Expr) -> Expr:
+    """Cosine, as :func:`sin`."""
+    return _quadrant(x, 1)
+
+
+_LOWERINGS: dict[str, Callable[[Expr], Expr]] = {
+    "tirx.exp": exp, "tirx.tanh": tanh, "tirx.erf": erf, "tirx.log": log, "tirx.sigmoid": sigmoid,
+}  # fmt: skip
+
+
+def lower_call(name: str, dtype: str, args: list[Expr]) -> Expr | None:
+    """Replacement for an intrinsic call on float32, or None when libm or the hardware should handle it."""
+    if dtype != "float32" or name not in _LOWERINGS:
+        return None
+    return _LOWERINGS[name](args[0])

@@ -1,0 +1,46 @@
+"""Attention as one kernel: scores, softmax and the weighted sum of a tile of queries stay in cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.backends.tvm.codegen.attention import AttentionProblem, attention_loops
+from trimtab.backends.tvm.codegen.expression import Expr
+from trimtab.backends.tvm.rules.registry import Operand, Scope, Target, cast, i64, loops_for, work_type
+from trimtab.ir import ops
+from trimtab.ir.dims import Dim
+
+
+def _aligned(operand: Operand, batch: tuple[Expr, ...]) -> list[Expr]:
+    """Batch positions for an operand that may have fewer or unit leading axes."""
+    lead = operand.rank - 3
+    own = batch[len(batch) - lead :] if lead else ()
+    return [i64(0) if dim == 1 else at for dim, at in zip(operand.type.shape, own, strict=False)]
+
+
+def _static_axes(op: Any) -> str:
+    sizes: list[Dim] = [op.q.type.shape[-3], op.k.type.shape[-3], op.v.type.shape[-1]]
+    return "" if all(isinstance(size, int) for size in sizes) else "the number of heads and the head size must be known"
+
+
+@loops_for(ops.Attention, absorbs_permute=True, check=_static_axes)
+def _attention(op: Any, scope: Scope, outs: list[Target], q: Operand, k: Operand, v: Operand, mask: Operand | None) -> Any:
+    work = work_type(q.dtype)
+
+    def reader(operand: Operand) -> Any:
+        return lambda *at: cast(operand(*_aligned(operand, at[:-3]), *at[-3:]), work)
+
+    def read_mask(*at: Expr) -> Expr:
+        assert mask is not None
+        value = mask.broadcast(at)
+        return value if mask.dtype == "bool" else cast(value, work)
+
+    (out,) = outs
+    return attention_loops(scope.machine, AttentionProblem(
+        batch=scope.shape(op.result.type.shape[:-3]), heads=op.q.type.shape[-3], key_heads=op.k.type.shape[-3],
+        queries=q.shape[-2], keys=k.shape[-2], depth=q.shape[-1], width=op.v.type.shape[-1],
+        q=reader(q), k=reader(k), v=reader(v), mask=read_mask if mask is not None else None,
+        mask_is_bool=mask is not None and mask.dtype == "bool",
+        out=lambda *at, value: out.store(at, cast(value, out.dtype)),
+        scale=op.scale, causal=op.causal, dtype=work,
+    ))  # fmt: skip

@@ -1,0 +1,95 @@
+"""Convolutions as sums of products: the code generator treats them as matrix products over packed patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import te, tirx
+
+from trimtab.backends.tvm.rules.contraction import rounded
+from trimtab.backends.tvm.rules.registry import FUSE_EPILOGUE, STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, i64, lowers, work_type
+from trimtab.ir import ops
+
+
+def padded(x: Operand, before: Sequence[int], after: Sequence[int], work: str) -> Any:
+    """x with zeros around its spatial axes, in the working type, as a buffer of its own."""
+    if not any(before) and not any(after):
+        return lambda *i: cast(x(*i), work)
+    shape = [*x.shape[:2], *(e + i64(a + b) for e, a, b in zip(x.shape[2:], before, after, strict=True))]
+
+    def element(*indices: Expr) -> Expr:
+        inside, source = None, list(indices[:2])
+        for index, extent, low in zip(indices[2:], x.shape[2:], before, strict=True):
+            at = index - i64(low)
+            source.append(tirx.max(i64(0), tirx.min(at, extent - i64(1))))
+            test = tirx.And(at >= i64(0), at < extent)
+            inside = test if inside is None else tirx.And(inside, test)
+        return tirx.Select(inside, cast(x(*source), work), const(0, work))
+
+    tensor = compute(shape, element, "padded", materialize=True)
+    return lambda *i: tensor(*i)
+
+
+@lowers(ops.Conv1d, ops.Conv2d, ops.Conv3d, pattern=FUSE_EPILOGUE)
+def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
+    work = work_type(x.dtype)
+    read = padded(x, op.padding, op.padding, work)
+    per_group_in = op.weight.type.shape[1]
+    outputs = op.weight.type.shape[0]
+    per_group_out = outputs // op.groups
+    channel = te.reduce_axis((i64(0), i64(per_group_in)), "c")
+    taps = [te.reduce_axis((i64(0), i64(size)), "t") for size in op.weight.type.shape[2:]]
+    axes = ([channel] if per_group_in != 1 else []) + [t for t, n in zip(taps, op.weight.type.shape[2:], strict=True) if n != 1]
+
+    def term(*indices: Expr) -> Expr:
+        batch, out, *spatial = indices
+        c: Expr = channel.var if per_group_in != 1 else i64(0)
+        offsets = [t.var if n != 1 else i64(0) for t, n in zip(taps, op.weight.type.shape[2:], strict=True)]
+        if op.groups == 1:
+            source: Expr = c
+        elif per_group_out == 1:
+            source = out * i64(per_group_in) + c
+        else:
+            source = tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + c
+        places = [s * i64(stride) + t * i64(dilation) for s, t, stride, dilation in zip(spatial, offsets, op.stride, op.dilation, strict=True)]
+        product = read(batch, source, *places) * cast(weight(out, c, *offsets), work)
+        return te.sum(product, axis=axes) if axes else product
+
+    shape = scope.shape(op.result.type.shape)
+    product = compute(shape, term, "conv")
+    if bias is not None:
+        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias(i[1]), work), "conv_bias")
+    return rounded(op, scope, product)
+
+
+@lowers(ops.ConvTranspose1d, ops.ConvTranspose2d, pattern=STAYS_ALONE)
+def _transposed(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
+    """Gather form: result(y) sums x((y + p - t d) / s) w(t) over the taps t for which the quotient is exact."""
+    work = work_type(x.dtype)
+    inputs, per_group_out = op.weight.type.shape[:2]
+    per_group_in = inputs // op.groups
+    channel = te.reduce_axis((i64(0), i64(per_group_in)), "c")
+    taps = [te.reduce_axis((i64(0), i64(size)), "t") for size in op.weight.type.shape[2:]]
+
+    def term(*indices: Expr) -> Expr:
+        batch, out, *spatial = indices
+        valid, places = None, []
+        for s, t, stride, pad, dilation, extent in zip(spatial, taps, op.stride, op.padding, op.dilation, x.shape[2:], strict=True):
+            shifted = s + i64(pad) - t.var * i64(dilation)
+            place = tirx.floordiv(shifted, i64(stride))
+            test = tirx.And(place >= i64(0), place < extent)
+            if stride != 1:
+                test = tirx.And(test, tirx.floormod(shifted, i64(stride)) == i64(0))
+            valid = test if valid is None else tirx.And(valid, test)
+            places.append(tirx.max(i64(0), tirx.min(place, extent - i64(1))))
+        source = tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + channel.var if op.groups > 1 else channel.var
+        value = tirx.Select(valid, cast(x(batch, source, *places), work), const(0, work))
+        within = tirx.floormod(out, i64(per_group_out)) if op.groups > 1 else out
+        return te.sum(value * cast(weight(source, within, *(t.var for t in taps)), work), axis=[channel, *taps])
+
+    shape = scope.shape(op.result.type.shape)
+    product = compute(shape, term, "conv_transpose")
+    if bias is not None:
+        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias(i[1]), work), "conv_transpose_bias")
+    return rounded(op, scope, product)

@@ -1,0 +1,232 @@
+"""The table of lowering rules and what rules are given.
+
+A rule gets the op, a :class:`Scope` that turns dimensions into TIR expressions, and one argument per declared operand
+(a :class:`Operand`, a list of them, or None).  It returns tensors of TE, or a finished ``PrimFunc`` for algorithms
+that are loops by nature (scans, sorting, scattering).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import te, tirx
+
+from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.ir.dims import Dim, as_symbol, evaluate, symbols_of
+from trimtab.ir.dtypes import DType
+from trimtab.ir.op import Op
+from trimtab.ir.types import TensorType
+
+Expr = Any
+
+_TVM_NAMES = {
+    DType.F64: "float64", DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16", DType.I64: "int64",
+    DType.I32: "int32", DType.I16: "int16", DType.I8: "int8", DType.U64: "uint64", DType.U32: "uint32",
+    DType.U16: "uint16", DType.U8: "uint8", DType.BOOL: "bool",
+}  # fmt: skip
+
+
+def tvm_dtype(dtype: DType) -> str:
+    """TVM's name of an element type. Raises ``KeyError`` for sub-byte types, which the capability check refuses."""
+    return _TVM_NAMES[dtype]
+
+
+def const(value: float | int | bool, dtype: str) -> Expr:
+    """A constant of a TVM type."""
+    return tirx.const(bool(value) if dtype == "bool" else value, dtype)
+
+
+def i64(value: int) -> Expr:
+    return tirx.const(value, "int64")
+
+
+class Scope:
+    """What a rule may ask about: the processor, and the dimensions of its PrimFunc as int64 variables."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.variables: dict[str, Any] = {}
+
+    def dim(self, dim: Dim) -> Expr:
+        """``dim`` as an int64 expression."""
+        if isinstance(dim, int):
+            return i64(dim)
+        for symbol in symbols_of(dim):
+            if symbol.name not in self.variables:
+                self.variables[symbol.name] = tirx.Var(symbol.name, "int64")
+        value = evaluate(dim, self.variables, {"min": tirx.min, "max": tirx.max})
+        return i64(value) if isinstance(value, int) else value
+
+    def dim_variable(self, name: str) -> Any:
+        """The variable of a symbol by name."""
+        return self.variables.setdefault(name, tirx.Var(name, "int64"))
+
+    def free_symbols(self, types: Sequence[TensorType]) -> list[str]:
+        """Symbols in use that no axis of ``types`` equals, so that they must be passed beside the tensors."""
+        shown = {found.name for type in types for dim in type.shape if (found := as_symbol(dim)) is not None}
+        return [name for name in self.variables if name not in shown]
+
+    def shape(self, dims: Sequence[Dim]) -> list[Expr]:
+        """Extents as int64 expressions."""
+        return [self.dim(dim) for dim in dims]
+
+
+@dataclass
+class Operand:
+    """A tensor a rule reads.
+
+    Attributes:
+        type: its type in the IR.
+        shape: its extents.
+        tensor: the TE tensor, None for a scalar constant.
+        constant: the value when the operand is a constant fill.
+        packed: columns per panel when a weight is stored as ``[panels, K, columns]``; 0 when plain.
+        order: where each axis lies in ``tensor`` when that holds the axes in another order; empty when not.
+    """
+
+    type: TensorType
+    shape: list[Expr]
+    tensor: Any = None
+    constant: Expr | None = None
+    packed: int = 0
+    order: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        return tvm_dtype(self.type.dtype)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def __call__(self, *indices: Expr) -> Expr:
+        """The element at ``indices``."""
+        if self.constant is not None:
+            return self.constant
+        place = physical(indices, self.order)
+        return self.tensor(*place) if isinstance(self.tensor, te.Tensor) else tirx.BufferLoad(self.tensor, list(place))
+
+    def broadcast(self, indices: Sequence[Expr]) -> Expr:
+        """The element that the result's ``indices`` read under numpy broadcasting."""
+        if self.constant is not None:
+            return self.constant
+        own = list(indices)[len(indices) - self.rank :]
+        return self(*(i64(0) if dim == 1 else index for dim, index in zip(self.type.shape, own, strict=True)))
+
+
+def physical(indices: Sequence[Expr], order: tuple[int, ...]) -> tuple[Expr, ...]:
+    """Indices in storage order: logical axis i is stored as axis ``order[i]``."""
+    if not order:
+        return tuple(indices)
+    placed = list(indices)
+    for axis, place in enumerate(order):
+        placed[place] = indices[axis]
+    return tuple(placed)
+
+
+@dataclass
+class Target:
+    """A buffer that a loop rule fills; ``order`` as in :class:`Operand`."""
+
+    type: TensorType
+    shape: list[Expr]
+    buffer: Any
+    order: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        return tvm_dtype(self.type.dtype)
+
+    def store(self, indices: Sequence[Expr], value: Expr) -> Any:
+        """A statement that writes one element."""
+        return tirx.BufferStore(self.buffer, value, list(physical(indices, self.order)))
+
+    def load(self, *indices: Expr) -> Expr:
+        """An element written before."""
+        return tirx.BufferLoad(self.buffer, list(physical(indices, self.order)))
+
+
+Result = Any
+RuleFunction = Callable[..., Result]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one op class is lowered.
+
+    Attributes:
+        function: for ``loops`` rules, makes a statement from ``(op, scope, targets, *operands)``; else makes TE tensors
+            from ``(op, scope, *operands)``.
+        pattern: TVM's fusion kind to force (4: takes an elementwise epilogue, 8: stays alone); None lets TVM look.
+        check: returns why this very op cannot be lowered, or "".
+        loops: whether the function writes loops itself.
+        absorbs_permute: whether operands may be read through a permutation instead of being permuted first.
+    """
+
+    function: RuleFunction
+    pattern: int | None = None
+    check: Callable[[Any], str] = field(default=lambda op: "")
+    loops: bool = False
+    absorbs_permute: bool = False
+
+
+_RULES: dict[type[Op], Rule] = {}
+
+FUSE_EPILOGUE = 4
+STAYS_ALONE = 8
+
+
+def _supported(op: Any) -> str:
+    return ""
+
+
+def lowers(
+    *classes: type[Op],
+    pattern: int | None = None,
+    check: Callable[[Any], str] = _supported,
+    absorbs_permute: bool = False,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule that makes TE tensors."""
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for cls in classes:
+            _RULES[cls] = Rule(function, pattern, check, absorbs_permute=absorbs_permute)
+        return function
+
+    return register
+
+
+def loops_for(
+    *classes: type[Op], check: Callable[[Any], str] = _supported, absorbs_permute: bool = False
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule that writes loops, for algorithms that are loops by nature (attention, scans, sorting)."""
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for cls in classes:
+            _RULES[cls] = Rule(function, STAYS_ALONE, check, loops=True, absorbs_permute=absorbs_permute)
+        return function
+
+    return register
+
+
+def rule_for(op: Op) -> Rule | None:
+    """The rule for an op, or None when its class has none."""
+    return _RULES.get(type(op))
+
+
+def compute(shape: Sequence[Expr], function: Callable[..., Expr], name: str, *, materialize: bool = False) -> Any:
+    """A TE tensor; rank 0 included. ``materialize`` keeps the generator from recomputing it in its readers."""
+    attributes = {"materialize": 1} if materialize else None
+    return te.compute(tuple(shape), lambda *indices: function(*indices), name=name, attrs=attributes)
+
+
+def work_type(dtype: str) -> str:
+    """The type arithmetic is done in: half types compute in float32 and round once, as torch does."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
+def cast(value: Expr, dtype: str) -> Expr:
+    """``value`` converted, unchanged when it has the type already."""
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)

@@ -1,0 +1,123 @@
+"""Targets by name: what TVM is told, which CPU features the code needs, and the tiles that suit the processor."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
+from trimtab.errors import UsageError
+
+_V2 = ("cx16", "sahf", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")
+_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """One target.
+
+    Attributes:
+        name: what users write, e.g. ``x86-64-v3``.
+        triple: LLVM triple of the code.
+        cpu: LLVM processor name.
+        features: CPU features the code needs, in LLVM's names; the loader checks them.
+        machine: sizes for the kernel generators.
+        compiler: the C compiler driver that links the library, tried in order.
+        extra: further entries of TVM's target dictionary.
+    """
+
+    name: str
+    triple: str
+    cpu: str
+    features: tuple[str, ...]
+    machine: Machine
+    compiler: tuple[str, ...] = ("cc", "gcc", "clang")
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def tvm_target(self) -> dict[str, Any]:
+        """The dictionary for ``tvm.target.Target``."""
+        return {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "num-cores": self.machine.threads, **self.extra}
+
+    def with_threads(self, threads: int) -> TargetSpec:
+        return replace(self, machine=replace(self.machine, threads=threads))
+
+
+_LINUX_X86 = "x86_64-unknown-linux-gnu"
+_LINUX_ARM = "aarch64-unknown-linux-gnu"
+
+_TARGETS = {
+    "x86-64-v2": TargetSpec("x86-64-v2", _LINUX_X86, "x86-64-v2", _V2, SCALAR),
+    "x86-64-v3": TargetSpec("x86-64-v3", _LINUX_X86, "x86-64-v3", _V3, AVX2),
+    "x86-64-v4": TargetSpec("x86-64-v4", _LINUX_X86, "x86-64-v4", _V4, AVX512),
+    "aarch64": TargetSpec("aarch64", _LINUX_ARM, "generic", ("neon", "fp-armv8"), NEON, ("aarch64-linux-gnu-gcc",)),
+    "armv8.2-a": TargetSpec("armv8.2-a", _LINUX_ARM, "cortex-a76", ("neon", "fp-armv8", "fullfp16", "dotprod"), NEON,
+                            ("aarch64-linux-gnu-gcc",)),
+}  # fmt: skip
+
+DEFAULT_TARGET = "x86-64-v3"
+
+
+def target_names() -> list[str]:
+    """Names that :func:`find_target` accepts."""
+    return ["native", *_TARGETS]
+
+
+def find_target(name: str = "", threads: int | None = None) -> TargetSpec:
+    """The target called ``name``; the portable baseline of this machine's architecture when empty.
+
+    Raises:
+        UsageError: there is no such target.
+    """
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    name = name or ("aarch64" if is_arm else DEFAULT_TARGET)
+    spec = native_target() if name == "native" else _TARGETS.get(name)
+    if spec is None:
+        raise UsageError("unknown target", values={"target": name, "known": target_names()},
+                         fix="use one of the known targets; `native` means this machine")  # fmt: skip
+    if is_arm and spec.triple == _LINUX_ARM:
+        spec = replace(spec, compiler=("cc", "gcc", "clang"))
+    return spec.with_threads(threads or default_threads())
+
+
+def default_threads() -> int:
+    """Physical parallelism to plan for: the processors this process may use, at most 64."""
+    import os
+
+    return max(1, min(64, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def native_target() -> TargetSpec:
+    """This machine, as LLVM sees it."""
+    from tvm.target import Target, codegen
+
+    cpu = str(codegen.llvm_get_system_cpu())
+    if platform.machine() in ("aarch64", "arm64"):
+        return TargetSpec("native", _LINUX_ARM, cpu, _TARGETS["aarch64"].features, NEON, ("cc", "gcc", "clang"))
+    flags = host_features()
+    wide = all(feature in flags for feature in _V4)
+    machine = AVX512 if wide else AVX2 if all(feature in flags for feature in _V3) else SCALAR
+    wanted = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": _LINUX_X86, "mcpu": cpu}))
+    known = sorted(set(map(str, wanted)) & flags)
+    return TargetSpec("native", _LINUX_X86, cpu, tuple(known), machine)
+
+
+_PROC_NAMES = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "lahf_lm": "sahf", "abm": "lzcnt", "bmi1": "bmi",
+               "avx_vnni": "avxvnni", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16",
+               "avx512_fp16": "avx512fp16", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8", "amx_tile": "amx-tile",
+               "avx512_vbmi2": "avx512vbmi2", "avx512_bitalg": "avx512bitalg",
+               "avx512_vpopcntdq": "avx512vpopcntdq"}  # fmt: skip
+
+
+def host_features() -> set[str]:
+    """CPU features of this machine in LLVM's names; empty where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return {_PROC_NAMES.get(flag, flag) for flag in line.split(":", 1)[1].split()}
+    except OSError:
+        pass
+    return set()
