@@ -112,6 +112,39 @@ def compile_library(module: Any, exec_mode: str = "bytecode") -> bytes:
 
 
 @cache
+def passthrough_library() -> bytes:
+    """A model that returns its input ``x: f32[2]`` twice, its weight ``w: f32[2]``, and ``x + w``."""
+    from tvm.script import ir as I
+    from tvm.script import relax as R
+
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(x: R.Tensor((2,), "float32"), w: R.Tensor((2,), "float32")):
+            total = R.add(x, w)
+            return (x, x, w, total)
+
+    return compile_library(Module)
+
+
+@cache
+def cast_library() -> bytes:
+    """A model from ``h: bf16[n]``, ``k: i64[n]``, ``m: bool[n]`` to ``where(m, h, -h)`` and ``2 * k``."""
+    from tvm.script import ir as I
+    from tvm.script import relax as R
+
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(h: R.Tensor(("n",), "bfloat16"), k: R.Tensor(("n",), "int64"), m: R.Tensor(("n",), "bool")):
+            chosen = R.where(m, h, R.negative(h))
+            double = R.add(k, k)
+            return (chosen, double)
+
+    return compile_library(Module)
+
+
+@cache
 def runtime_library() -> bytes:
     """The TVM runtime library of the installed package."""
     import importlib.util

@@ -185,7 +185,7 @@ class Manifest:
             ArtifactError: not JSON, an unknown schema, a missing field or one of the wrong type, or a contradiction.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise _wrong("it is not JSON", reason=error) from None
         if not isinstance(data, dict) or type(data.get("schema")) is not int:
@@ -268,6 +268,10 @@ def _check_unique(kind: str, names: Iterable[str]) -> None:
         if not name or name in seen:
             raise _wrong(f"two {kind}s have one name" if name else f"an {kind} has no name", name=repr(name))
         seen.add(name)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _wrong(problem: str, **values: object) -> ArtifactError:

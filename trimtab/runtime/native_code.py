@@ -29,6 +29,7 @@ from typing import Any
 from trimtab.errors import ArtifactError, MissingDependencyError
 from trimtab.runtime.container import ArtifactReader
 from trimtab.runtime.cpu import host_architecture, host_level, host_system, missing_features, split_triple
+from trimtab.runtime.elf import check_library
 from trimtab.runtime.manifest import CodeVariant
 from trimtab.runtime.threads import WorkerPools
 
@@ -275,6 +276,7 @@ class _RefuseSecondRuntime:
 
 def _library_path(name: str, data: memoryview) -> str:
     """A path under which the loader finds these bytes. The file behind it lives as long as the process."""
+    check_library(data, host_architecture(), name)
     base = name.rsplit("/", 1)[-1]
     if hasattr(os, "memfd_create"):
         try:
