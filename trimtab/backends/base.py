@@ -1,0 +1,90 @@
+"""What every backend gives: code for one target, and the weights as that code reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from trimtab.ir.core import Module
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight in the form the code reads it, produced a block at a time.
+
+    Attributes:
+        name: id of the weight in the module's table, and key in the artifact.
+        dtype: element type in storage, e.g. ``f32``.
+        shape: shape in storage.
+        blocks: makes an iterator over the stored bytes in order; may be called again.
+        layout: None when stored as in the module, else ``{"kind": ..., **parameters}`` from which it can be restored.
+        plain_dtype: element type in the module.
+        plain_shape: shape in the module.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[bytes | memoryview]]
+    layout: Mapping[str, Any] | None
+    plain_dtype: str
+    plain_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompiledCode:
+    """A module compiled for one target.
+
+    Attributes:
+        backend: name of the backend.
+        triple: target triple.
+        features: CPU features the code needs, by LLVM name.
+        library: the code (a shared library for tvm).
+        weights: what the entry function takes after the inputs, in order.
+        runtime_libraries: files the code needs at run time besides ``library``, in loading order.
+        requires: versions of the packages the code was built for.
+        memory: bytes of the memory plan, by purpose.
+        seconds: time spent, by stage.
+        entry: name of the function to call.
+    """
+
+    backend: str
+    triple: str
+    features: tuple[str, ...]
+    library: bytes
+    weights: tuple[StoredWeight, ...]
+    runtime_libraries: tuple[Path, ...] = ()
+    requires: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    entry: str = "main"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend works on this machine; if not, why and what to install."""
+
+    name: str
+    works: bool
+    targets: tuple[str, ...] = ()
+    reason: str = ""
+    fix: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """A code generator. Importing its package is cheap; the compiler behind it is loaded at first use."""
+
+    def check(self, module: Module, target: str = "") -> None:
+        """Raise :class:`~trimtab.errors.UnsupportedByBackendError` listing every op that cannot be compiled."""
+        ...
+
+    def build(self, module: Module, target: str = "", threads: int | None = None) -> CompiledCode:
+        """Compile ``module.main``; ``target`` empty means the portable baseline of this machine's architecture."""
+        ...
+
+    def status(self) -> BackendStatus:
+        """Whether the backend works here."""
+        ...
