@@ -78,12 +78,26 @@ def samples() -> list[Sample]:
 
 @cache
 def model_library() -> bytes:
-    """The shared library of the model."""
+    """The shared library of the model; the product with ``scale`` is a loop over rows that runs on all threads."""
     from tvm.script import ir as I
     from tvm.script import relax as R
+    from tvm.script import tirx as T
 
     @I.ir_module
     class Module:
+        @T.prim_func(private=True, s_tir=True)
+        def scale_rows(a: T.handle, s: T.handle, o: T.handle):
+            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+            rows = T.int64()
+            rows_in = T.match_buffer(a, (rows, 4), "float32")
+            factors = T.match_buffer(s, (rows, 1), "float32")
+            rows_out = T.match_buffer(o, (rows, 4), "float32")
+            for i in T.parallel(rows):
+                for j in range(4):
+                    with T.sblock("scale_rows"):
+                        row, column = T.axis.remap("SS", [i, j])
+                        rows_out[row, column] = rows_in[row, column] * factors[row, 0]
+
         @R.function
         def main(
             x: R.Tensor(("batch", 8), "float32"),
@@ -91,8 +105,11 @@ def model_library() -> bytes:
             w: R.Tensor((8, 4), "float32"),
             b: R.Tensor((4,), "float32"),
         ):
+            batch = T.int64()
+            cls = Module
             with R.dataflow():
-                z = R.multiply(R.add(R.matmul(x, w), b), scale)
+                linear = R.add(R.matmul(x, w), b)
+                z = R.call_tir(cls.scale_rows, (linear, scale), out_ty=R.Tensor((batch, 4), "float32"))
                 y = R.nn.relu(z)
                 R.output(z, y)
             return (z, y)

@@ -297,8 +297,7 @@ def test_a_cut_library_is_refused_or_complete_enough(tmp_path: Path) -> None:
     for length in range(1, len(library), len(library) // 25):
         try:
             session = load(altered(tmp_path, library=library[:length]))
-        except ArtifactError as error:
-            assert "cannot be loaded" in str(error)
+        except ArtifactError:
             refused += 1
         else:  # only the symbol table for debuggers is missing
             check(session(X, SCALE), X, SCALE)
