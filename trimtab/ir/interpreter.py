@@ -34,6 +34,7 @@ class _Run:
     precision: torch.dtype | None
     observer: Observer | None
     grad: bool
+    row_major: bool
     weights: dict[str, Any] = field(default_factory=dict)
 
     def dtype(self, dtype: DType) -> torch.dtype:
@@ -55,6 +56,7 @@ def interpret(
     observer: Observer | None = None,
     weights: Mapping[str, Any] | None = None,
     grad: bool = False,
+    row_major: bool = False,
 ) -> tuple[Any, ...]:
     """Evaluate ``module.main``.
 
@@ -65,6 +67,8 @@ def interpret(
         observer: called after each op with the op and its results.
         weights: tensors to use instead of the table's, by id.
         grad: keep torch's autograd graph; by default gradients are off.
+        row_major: hand each op its operands in row-major order and aligned in memory, so that results depend on values
+            alone: torch picks other kernels, which round differently, for other strides and alignments.
 
     Returns:
         One torch tensor per output. Outputs may share memory with inputs or weights.
@@ -76,7 +80,7 @@ def interpret(
 
     tensors = _as_tensors(module.main, inputs)
     bindings = bind_symbols(module.main, tensors)
-    run = _Run(module, bindings, precision, observer, grad, dict(weights or {}))
+    run = _Run(module, bindings, precision, observer, grad, row_major, dict(weights or {}))
     if precision is not None:
         tensors = [t.to(run.dtype(v.type.dtype)) for t, v in zip(tensors, module.main.inputs, strict=True)]
     with torch.set_grad_enabled(grad):
@@ -84,8 +88,8 @@ def interpret(
 
 
 def evaluate_op(op: Op, operands: Sequence[Any], bindings: Mapping[str, int] | None = None) -> tuple[Any, ...]:
-    """Evaluate one op without regions on torch tensors; what constant folding uses."""
-    return _call_reference(op, operands, bindings or {}, DType.to_torch)
+    """Evaluate one op without regions on torch tensors, as ``interpret`` does with ``row_major``; for folding."""
+    return _call_reference(op, [_row_major(operand) for operand in operands], bindings or {}, DType.to_torch)
 
 
 def bind_symbols(graph: Graph, tensors: Iterable[Any]) -> dict[str, int]:
@@ -156,6 +160,8 @@ def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
 
     for op in graph.ops:
         operands = [read(value) for value in op.operands]
+        if run.row_major:
+            operands = [_row_major(operand) for operand in operands]
         results = (
             _run_repeat(op, operands, run)
             if isinstance(op, Repeat)
@@ -171,6 +177,15 @@ def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
                     if not pending[value]:
                         del live[value]
     return [read(value) for value in graph.outputs]
+
+
+def _row_major(tensor: Any) -> Any:
+    import torch
+
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    if tensor.is_contiguous() and tensor.data_ptr() % 64 == 0:
+        return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+    return tensor.clone(memory_format=torch.contiguous_format).as_strided(tensor.shape, strides)
 
 
 def _run_repeat(op: Repeat, operands: Sequence[Any], run: _Run) -> tuple[Any, ...]:

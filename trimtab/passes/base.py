@@ -1,0 +1,120 @@
+"""What a pass is: a frozen dataclass with a name, a contract, options as fields, and ``run``.
+
+::
+
+    @dataclass(frozen=True)
+    class MergeTokens(Pass):
+        \"\"\"Merge the r most similar tokens after each attention.\"\"\"
+
+        name: ClassVar[str] = "merge-tokens"
+        contract: ClassVar[Contract] = Lossy()
+        r: int = 13
+
+        def run(self, module: Module, ctx: Context) -> Changed: ...
+
+The fields are the command-line flags, the printed pipeline ``merge-tokens{r=13}`` and the search space.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from trimtab.passes.contracts import Contract
+from trimtab.passes.options import print_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from trimtab.ir import Module
+
+Changed: TypeAlias = bool
+"""Whether a pass changed the module. The manager compares: a pass that says no and changed something is an error."""
+
+Metric: TypeAlias = "Callable[[Module], float]"
+"""A score of a module, higher is better: for example its accuracy on the user's data."""
+
+
+@dataclass
+class Context:
+    """What a run of a pipeline offers its passes.
+
+    Attributes:
+        calibration: checked batches, each a tensor per input of the module in order; empty when the user gave none.
+        metric: the user's score of a module, or None.
+        seed: seed of everything random in passes and samples.
+    """
+
+    calibration: tuple[tuple[torch.Tensor, ...], ...] = ()
+    metric: Metric | None = None
+    seed: int = 0
+    _notes: list[str] = field(default_factory=list, repr=False)
+
+    def note(self, text: str) -> None:
+        """Put a remark in the running pass's row of the report."""
+        self._notes.append(text)
+
+    def take_notes(self) -> list[str]:
+        """The remarks since the last call; the manager's side of :meth:`note`."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator of its own for ``purpose``, so that one pass does not change the numbers of another."""
+        import torch
+
+        return torch.Generator().manual_seed((self.seed * 2**32 + zlib.crc32(purpose.encode())) % 2**63)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of all passes. Subclasses are frozen dataclasses; their fields are the options and have defaults.
+
+    A pass edits the module it is given, which is a working copy: when it raises, or breaks its contract, the copy
+    is thrown away.  It keeps no state between runs.
+    """
+
+    name: ClassVar[str]
+    """What the pass is called in pipelines: lower case with dashes."""
+    contract: ClassVar[Contract]
+    """What the pass promises about results; checked by the manager."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Properties that passes before this one must have established."""
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    """Properties that hold after this pass."""
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    """Properties that no longer hold after this pass."""
+    grows_weights: ClassVar[bool] = False
+    """Whether the pass may increase the module's unique weight bytes."""
+
+    @abstractmethod
+    def run(self, module: Module, ctx: Context) -> Changed:
+        """Rewrite ``module`` in place and say whether anything changed.
+
+        Raises:
+            TrimtabError: the pass cannot do its work; whatever it raises is reported as the failure of this pass.
+        """
+
+    def __str__(self) -> str:
+        return self.name + print_options(self)
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    @classmethod
+    def declaration(cls) -> dict[str, Any]:
+        """Name, contract, properties and summary as plain data."""
+        return {
+            "name": cls.name,
+            "contract": str(cls.contract),
+            "requires": sorted(cls.requires),
+            "establishes": sorted(cls.establishes),
+            "breaks": sorted(cls.breaks),
+            "grows_weights": cls.grows_weights,
+            "summary": cls.summary(),
+        }

@@ -1,0 +1,202 @@
+"""The observer that checks contracts: it evaluates the module before and after a pass, and compares.
+
+The cost is bounded.  Samples are small; the outputs before a pass are those after the previous one; and consecutive
+passes with the same exact contract are checked together with one evaluation, whose failure is then traced to the
+first pass that is at fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from trimtab.errors import CalibrationError, ContractError, TrimtabError, UsageError
+from trimtab.ir.core import Module
+from trimtab.ir.interpreter import interpret
+from trimtab.passes.base import Context
+from trimtab.passes.contracts import Contract, Drift, Exact, Lossy, measure
+from trimtab.passes.observers import Observer, Step, counted
+from trimtab.passes.report import OptimizeReport
+from trimtab.passes.samples import Sample, count_macs, generate_samples, sizes_of
+
+if TYPE_CHECKING:
+    import torch
+
+CheckMode: TypeAlias = Literal["always", "close", "never"]
+MAC_LIMIT = 100e9
+"""Multiply-accumulates of one evaluation above which exact passes are not checked: about a second on two cores."""
+_MAX_BATCHES = 2
+
+
+class ContractCheck(Observer):
+    """Checks the contract of every pass that changed the module, and fills ``drift`` of its row.
+
+    Args:
+        mode: ``always``; ``close`` to believe exact passes; ``never``.
+        mac_limit: multiply-accumulates of one evaluation above which an exact pass is believed, and the report says
+            so. Other passes are checked at any cost, on the cheapest sample.
+
+    Raises:
+        ContractError: names the pass, the drift, the contract and the sample.
+    """
+
+    def __init__(self, mode: CheckMode = "always", mac_limit: float = MAC_LIMIT) -> None:
+        if mode not in ("always", "close", "never"):
+            raise UsageError("unknown way to check contracts", values={"check": mode}, fix="always, close or never")
+        self._mode = mode
+        self._mac_limit = mac_limit
+        self._samples: list[Sample] = []
+        self._pending: list[Step] = []
+        self._evaluated: _Evaluations = _Evaluations()
+
+    def pipeline_started(self, module: Module, report: OptimizeReport, ctx: Context) -> None:
+        self._pending, self._evaluated, self._samples = [], _Evaluations(), []
+        if self._mode == "never":
+            report.notes.append("contracts were not checked: check=never")
+            return
+        if ctx.calibration:
+            self._samples = [
+                Sample(f"calibration batch {index}", batch, count_macs(module, sizes_of(module.main, batch)))
+                for index, batch in enumerate(ctx.calibration[:_MAX_BATCHES])
+            ]
+        else:
+            self._samples = generate_samples(module, ctx, self._mac_limit)
+        cheapest = min(sample.macs for sample in self._samples)
+        if self._mode == "always" and cheapest > self._mac_limit:
+            report.notes.append(
+                f"exact passes were not checked: an evaluation takes {cheapest:.2g} multiply-accumulates, "
+                f"above the limit of {self._mac_limit:.2g}"
+            )
+
+    def after_pass(self, step: Step) -> None:
+        contract = step.pass_.contract
+        if not step.row.changed or self._mode == "never":
+            return
+        if isinstance(contract, Exact):
+            if self._mode == "always" and self._samples_for(contract):
+                if self._pending and self._pending[0].pass_.contract != contract:
+                    self._flush()
+                self._pending.append(step)
+            return
+        self._flush()
+        with counted(step.row):
+            self._check([step])
+            if step.ctx.metric is not None:
+                step.row.metric_before = self._evaluated.metric(step.before, step.ctx)
+                step.row.metric_after = self._evaluated.metric(step.after, step.ctx)
+            elif isinstance(contract, Lossy) and not step.ctx.calibration:
+                step.row.notes.append("drift is on random inputs: give calibration data or a metric to judge this pass")
+
+    def pipeline_finished(self, module: Module, report: OptimizeReport) -> None:
+        self._flush()
+        self._evaluated = _Evaluations()
+
+    def _flush(self) -> None:
+        """Check the exact passes since the last check, with one evaluation when they are innocent."""
+        steps, self._pending = self._pending, []
+        if not steps:
+            return
+        with counted(steps[-1].row):
+            try:
+                self._check(steps)
+            except ContractError:
+                for step in steps:
+                    self._check([step])
+                raise
+
+    def _check(self, steps: Sequence[Step]) -> None:
+        """Compare the module before the first step with that after the last, all of one contract."""
+        contract = steps[0].pass_.contract
+        worst: Drift | None = None
+        unusable: dict[str, None] = {}
+        for sample in self._samples_for(contract):
+            for precision in contract.precisions:
+                before = self._evaluated.outputs(steps[0].before, sample, precision)
+                if isinstance(before, TrimtabError):
+                    unusable[_unusable(sample, before, steps[-1].ctx)] = None
+                    break
+                after = self._evaluated.outputs(steps[-1].after, sample, precision)
+                if isinstance(after, TrimtabError):
+                    raise _breach(steps, sample, f"the module can no longer be evaluated: {after.what}", after)
+                for drift in _drifts(steps[0].before, before, after, sample, precision):
+                    if not contract.holds(drift):
+                        raise _breach(steps, sample, f"drift is {drift} at {drift.where}")
+                    worst = max(worst or drift, drift, key=lambda d: (d.relative, d.absolute, d.differing))
+        for step in steps:
+            step.row.drift = worst
+            step.row.notes += [] if worst is not None else list(unusable)
+
+    def _samples_for(self, contract: Contract) -> list[Sample]:
+        if isinstance(contract, Exact):
+            fitting = [sample for sample in self._samples if sample.macs <= self._mac_limit]
+            return [sample for sample in fitting if not (contract.rounding and sample.special)]
+        return [sample for sample in self._samples if not sample.special]
+
+
+class _Evaluations:
+    """Outputs and metrics of the two modules asked for last: what is after one pass is before the next."""
+
+    def __init__(self) -> None:
+        self._modules: list[tuple[Module, dict[Any, Any]]] = []
+
+    def outputs(self, module: Module, sample: Sample, precision: str) -> tuple[torch.Tensor, ...] | TrimtabError:
+        import torch
+
+        known = self._known(module)
+        key = (sample.name, precision)
+        if key not in known:
+            wide = getattr(torch, precision) if precision else None
+            try:
+                known[key] = interpret(module, sample.inputs, precision=wide, row_major=True)
+            except TrimtabError as error:
+                known[key] = error
+        outputs: tuple[torch.Tensor, ...] | TrimtabError = known[key]
+        return outputs
+
+    def metric(self, module: Module, ctx: Context) -> float:
+        known = self._known(module)
+        if "metric" not in known:
+            assert ctx.metric is not None
+            known["metric"] = float(ctx.metric(module))
+        value: float = known["metric"]
+        return value
+
+    def _known(self, module: Module) -> dict[Any, Any]:
+        for candidate, known in self._modules:
+            if candidate is module:
+                return known
+        self._modules = [*self._modules[-1:], (module, {})]
+        return self._modules[-1][1]
+
+
+def _drifts(
+    module: Module, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], sample: Sample, precision: str
+) -> Iterator[Drift]:
+    suffix = f" on {sample.name}{f' in {precision}' if precision else ''}"
+    if len(before) != len(after):
+        yield Drift(math.inf, 0.0, 1, f"the number of outputs, {len(before)} and then {len(after)},{suffix}")
+    for name, old, new in zip(module.main.output_names, before, after, strict=False):
+        yield measure(old, new, f"output {name}{suffix}")
+
+
+def _unusable(sample: Sample, error: TrimtabError, ctx: Context) -> str:
+    """The remark that ``sample`` cannot be evaluated; an error when the sample is the user's own data."""
+    if ctx.calibration:
+        raise CalibrationError(
+            f"the module cannot be evaluated on {sample.name}: {error.what}",
+            values=error.values, rule=error.rule, fix=error.fix, where=error.where, location=error.location,
+        ) from error  # fmt: skip
+    return f"not checked on {sample.name}: {error.what}"
+
+
+def _breach(steps: Sequence[Step], sample: Sample, what: str, cause: TrimtabError | None = None) -> ContractError:
+    names = ", ".join(dict.fromkeys(step.pass_.name for step in steps))
+    subject = f"the pass {names} broke its contract" if len(steps) == 1 else f"the passes {names} broke their contract"
+    return ContractError(
+        f"{subject}: {what}",
+        values={"contract": steps[0].pass_.contract, "sample": sample.name},
+        rule=(cause.rule if cause is not None else "") or "the manager evaluates the module before and after a pass",
+        fix="correct the pass, or declare the contract it does keep",
+        where=steps[-1].place,
+    )

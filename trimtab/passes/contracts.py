@@ -1,0 +1,134 @@
+"""Contracts: what a pass promises about the results of a module, and how far two results are apart.
+
+A contract is checked, not believed: :mod:`trimtab.passes.contract_check` evaluates the module before and after a
+pass and asks :meth:`Contract.holds`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the outputs of a module moved.
+
+    Attributes:
+        absolute: largest ``|after - before|``; infinite where only one of them is finite.
+        scale: largest finite ``|before|`` in the same output.
+        differing: how many elements are not the same bit for bit (two NaNs count as the same).
+        where: the sample, output and precision of the worst element, in words.
+    """
+
+    absolute: float = 0.0
+    scale: float = 0.0
+    differing: int = 0
+    where: str = ""
+
+    @property
+    def relative(self) -> float:
+        """``absolute`` as a fraction of the output's ``scale``."""
+        if self.absolute == 0.0:
+            return 0.0
+        return self.absolute / self.scale if self.scale else math.inf
+
+    def __str__(self) -> str:
+        if not self.differing:
+            return "none"
+        return f"{self.absolute:.3g} absolute, {self.relative:.3g} relative, {self.differing} elements differ"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"absolute": self.absolute, "relative": self.relative, "differing": self.differing, "where": self.where}
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The results do not change.
+
+    By default bit for bit: the same sums in the same order, signed zeros and NaNs included.  With ``rounding`` the
+    results are equal in real arithmetic but may be rounded differently (a reassociated sum, packed matrices, a
+    constant rounded to float32): checked in float64, relative to the largest element of each output.
+    """
+
+    rounding: bool = False
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions to evaluate in: a torch dtype's name, or "" for the module's own."""
+        return ("float64",) if self.rounding else ("",)
+
+    def holds(self, drift: Drift) -> bool:
+        if self.rounding:
+            return drift.absolute <= 1e-12 + 1e-6 * drift.scale
+        return drift.differing == 0
+
+    def __str__(self) -> str:
+        return "exact up to rounding" if self.rounding else "exact"
+
+
+@dataclass(frozen=True)
+class Close:
+    """``|after - before| <= atol + rtol * max|before|`` for every element of an output, in float64 and as declared.
+
+    The bound is relative to the largest element of the output, because an element near zero is the difference of
+    large ones and no rewrite of a sum keeps its digits.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-8
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return ("float64", "")
+
+    def holds(self, drift: Drift) -> bool:
+        return drift.absolute <= self.atol + self.rtol * drift.scale
+
+    def __str__(self) -> str:
+        return f"close (rtol={self.rtol:g}, atol={self.atol:g})"
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """The results change. The drift and the user's metric are reported, for the user to judge."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return ("",)
+
+    def holds(self, drift: Drift) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return "lossy"
+
+
+Contract: TypeAlias = Exact | Close | Lossy
+
+
+def measure(before: torch.Tensor, after: torch.Tensor, where: str = "") -> Drift:
+    """The drift between two results of one shape and dtype; results of different shapes are infinitely far apart."""
+    import torch
+
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return Drift(math.inf, 0.0, max(before.numel(), after.numel(), 1), where)
+    if not before.numel():
+        return Drift(where=where)
+    same = before == after
+    if before.dtype.is_floating_point:
+        # == calls 0.0 and -0.0 the same, and NaN and NaN not.
+        same &= torch.signbit(before) == torch.signbit(after)
+        same |= before.isnan() & after.isnan()
+    differing = int(before.numel() - same.sum())
+    wide_before, wide_after = before.to(torch.float64), after.to(torch.float64)
+    finite = wide_before[wide_before.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    if not differing:
+        return Drift(0.0, scale, 0, where)
+    gap = torch.where(same, 0.0, (wide_after - wide_before).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    return Drift(float(gap.max()), scale, differing, where)

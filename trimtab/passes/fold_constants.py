@@ -1,0 +1,143 @@
+"""Constant folding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trimtab.errors import TrimtabError
+from trimtab.ir import ops
+from trimtab.ir.attributes import attribute_symbols
+from trimtab.ir.builder import Builder
+from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.interpreter import evaluate_op
+from trimtab.ir.op import Op
+from trimtab.ir.weights import ComputedSource, TorchSource, Weight
+from trimtab.passes.base import Changed, Context, Pass
+from trimtab.passes.contracts import Contract, Exact
+from trimtab.passes.determinism import is_deterministic
+
+if TYPE_CHECKING:
+    import torch
+
+_MOVES = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Tile, ops.Flip, ops.Roll)
+_GENERATORS = (ops.Full, ops.Arange, ops.DimValue)
+_ROUNDED_ONCE = (
+    ops.Abs, ops.Add, ops.Cast, ops.Ceil, ops.Clamp, ops.Div, ops.Eq, ops.Floor, ops.Ge, ops.Gt, ops.Le, ops.LogicalAnd,
+    ops.LogicalNot, ops.LogicalOr, ops.Lt, ops.Maximum, ops.Minimum, ops.Mul, ops.Ne, ops.Neg, ops.Relu, ops.Round,
+    ops.Sqrt, ops.Sub, ops.Trunc, ops.Where,
+)  # fmt: skip
+"""Elementwise ops whose result is the correctly rounded one. Others, exp for one, differ in the last bit between a
+scalar and a vector, so they are evaluated in their own shape."""
+_EAGER_BYTES = 1 << 20
+"""Results above this size are computed when asked for; constants made by an op are not evaluated above it."""
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace ops whose operands are all constants by their results.
+
+    What is computed from numbers alone and is uniform becomes a ``full``, which takes no storage; other results
+    become weights. A result of more than ``limit`` bytes is folded only when the weights it replaces have no other
+    reader and are at least as large, so that shared weights are never duplicated. Large results are computed when
+    their data is asked for.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    contract: ClassVar[Contract] = Exact()
+    grows_weights: ClassVar[bool] = True  # by at most `limit` bytes a folded op
+    limit: int = 4096
+
+    def run(self, module: Module, ctx: Context) -> Changed:
+        readers = Counter(value.weight for graph in module.all_graphs() for value in graph.weights)
+        folded = [
+            _fold_uniform(op, Builder(module, graph, before=op)) or self._fold_to_weight(op, module, graph, readers)
+            for graph in list(module.all_graphs())
+            for op in graph.ops
+            if len(op.results) == 1 and not op.regions
+        ]
+        return any(folded)
+
+    def _fold_to_weight(self, op: Op, module: Module, graph: Graph, readers: Counter[str]) -> bool:
+        """Fold ``op`` into a weight. ``readers`` counts the graphs that read a weight."""
+        type, size = op.result.type, op.result.type.bytes
+        if not op.operands or not all(map(_is_constant, op.operands)) or not _is_static(op) or not is_deterministic(op):
+            return False
+        own = {value for value in op.operands if value.is_weight and readers[value.weight] == 1}
+        freed = [module.weights[v.weight].nbytes for v in own if all(use.user is op for use in v.uses)]
+        if not isinstance(size, int) or (size > self.limit and size > sum(freed)):
+            return False
+        sources = {value.weight: module.weights[value.weight] for value in op.operands if value.is_weight}
+        compute = _computation(op, sources)
+        if size > _EAGER_BYTES and not _never_fails(op):
+            return False
+        try:
+            source = ComputedSource(compute) if size > _EAGER_BYTES else TorchSource(compute().clone())
+        except TrimtabError:
+            return False  # the data is missing, or the op refuses these values: for whoever runs the module to see
+        operands = set(op.operands)
+        id = module.fresh_weight_id(f"{next(iter(sources))}.{op.name}" if sources else op.result.name or op.name)
+        trainable = any(weight.trainable for weight in sources.values())
+        weight = module.add_weight(Weight(id, type, source, trainable=trainable))
+        _replace(op, graph, graph.weight(weight))
+        readers[id] = 1
+        readers.subtract(value.weight for value in operands if value.is_weight and not value.uses)
+        return True
+
+
+def _fold_uniform(op: Op, build: Builder) -> bool:
+    """Fold ``op`` into a ``full`` when all elements of its result are one number, whatever the shape."""
+    made_by = [value.producer for value in op.operands]
+    if isinstance(op, ops.DimValue) and isinstance(op.dim, int):
+        number: Any = op.dim
+    elif made_by and all(isinstance(maker, ops.Full) for maker in made_by) and isinstance(op, _ROUNDED_ONCE + _MOVES):
+        scalars = [_scalar(maker) for maker in made_by if isinstance(maker, ops.Full)]
+        try:
+            number = scalars[0].item() if isinstance(op, _MOVES) else evaluate_op(op, scalars)[0].item()
+        except TrimtabError:
+            return False
+    else:
+        return False
+    _replace(op, build.graph, build(ops.Full(value=number, dtype=op.result.type.dtype, shape=op.result.type.shape)))
+    return True
+
+
+def _scalar(maker: ops.Full) -> torch.Tensor:
+    import torch
+
+    return torch.full((), maker.value, dtype=maker.dtype.to_torch())
+
+
+def _is_constant(value: Value) -> bool:
+    if value.is_weight:
+        return True
+    maker, size = value.producer, value.type.bytes
+    return isinstance(maker, _GENERATORS) and _is_static(maker) and isinstance(size, int) and size <= _EAGER_BYTES
+
+
+def _is_static(op: Op) -> bool:
+    return not any(map(attribute_symbols, op.attributes.values()))
+
+
+def _never_fails(op: Op) -> bool:
+    """Whether the op accepts all values of its operands' types, so that its evaluation may be put off."""
+    return (op.elementwise and op.result.type.dtype.is_floating) or isinstance(op, (*_MOVES, ops.Concat, ops.Pad))
+
+
+def _computation(op: Op, sources: Mapping[str, Weight]) -> Callable[[], torch.Tensor]:
+    """A function that evaluates ``op``, and that outlives the op's removal from the graph."""
+    alone = op.clone([Value(value.type) for value in op.operands])
+    reads = [sources[v.weight].tensor if v.producer is None else partial(_generate, v.producer) for v in op.operands]
+    return lambda: evaluate_op(alone, [read() for read in reads])[0]
+
+
+def _generate(maker: Op) -> torch.Tensor:
+    return evaluate_op(maker, ())[0]  # type: ignore[no-any-return]
+
+
+def _replace(op: Op, graph: Graph, value: Value) -> None:
+    op.result.replace_all_uses_with(value)
+    graph.ops.remove(op)

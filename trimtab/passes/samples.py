@@ -1,0 +1,150 @@
+"""Sample inputs made from a module's signature, on which contracts are checked when the user gave no data.
+
+Sizes are small: every symbol gets its smallest value in one sample, and a different small odd number in another, so
+that rewrites that only hold for one size, or mix up two axes, show.  Integers that reach an index operand stay below
+the size of the axis they index; other integers are 0 or 1, the values of masks and types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.dims import Dim, Symbol, evaluate
+from trimtab.ir.dtypes import DType
+from trimtab.ir.op import Op
+from trimtab.ir.ops import Embedding, Gather, Index, IndexPut, IndexSelect, Repeat, Scatter
+from trimtab.ir.types import TensorType
+from trimtab.passes.base import Context
+
+if TYPE_CHECKING:
+    import torch
+
+_RAGGED_SIZES = (3, 5, 7, 11, 13, 17, 19, 23)
+_SPECIAL_VALUES = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.0, -1.0, 1e30, 1e-40)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs to evaluate a module on.
+
+    Attributes:
+        name: what messages call it.
+        inputs: a tensor per graph input.
+        macs: multiply-accumulates of one evaluation.
+        special: whether infinities and NaNs are among the values, so that only bit-for-bit comparison makes sense.
+    """
+
+    name: str
+    inputs: tuple[torch.Tensor, ...]
+    macs: int
+    special: bool = False
+
+
+def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sample]:
+    """Samples whose evaluation takes at most ``mac_limit`` multiply-accumulates; the cheapest one if none does."""
+    graph = module.main
+    generator = ctx.generator("samples")
+    bindings = {"ragged sizes": _ragged(graph), "smallest sizes": _smallest(graph)}
+    if bindings["ragged sizes"] == bindings["smallest sizes"]:
+        del bindings["ragged sizes"]
+    costs = {name: count_macs(module, sizes) for name, sizes in bindings.items()}
+    fitting = [name for name in bindings if costs[name] <= mac_limit] or [min(bindings, key=lambda n: costs[n])]
+    samples = []
+    for name in fitting:
+        limits = index_limits(graph, bindings[name])
+        inputs = tuple(_draw(value.type, bindings[name], limits.get(value, 2), generator) for value in graph.inputs)
+        samples.append(Sample(name, inputs, costs[name]))
+    first = samples[0]
+    special = tuple(_sprinkle(tensor, generator) for tensor in first.inputs)
+    samples.append(Sample(f"{first.name}, with zeros, infinities and NaN", special, first.macs, special=True))
+    return samples
+
+
+def count_macs(module: Module, sizes: Mapping[str, int]) -> int:
+    """Multiply-accumulates of one evaluation of ``module.main`` with the symbols at ``sizes``."""
+
+    def count(graph: Graph) -> int:
+        total = 0
+        for op in graph.ops:
+            repetitions = op.n if isinstance(op, Repeat) else 1
+            total += int(evaluate(op.macs(), sizes)) + repetitions * sum(map(count, op.regions))
+        return total
+
+    return count(module.main)
+
+
+def sizes_of(graph: Graph, inputs: tuple[torch.Tensor, ...]) -> dict[str, int]:
+    """The values that ``inputs`` give to the symbols of ``graph``."""
+    from trimtab.ir.interpreter import bind_symbols
+
+    return bind_symbols(graph, inputs)
+
+
+def index_limits(graph: Graph, sizes: Mapping[str, int]) -> dict[Value, int]:
+    """For each integer input that reaches an index operand through integer values: the smallest axis it indexes."""
+    reached: dict[Value, int] = {}
+    for op in reversed(graph.ops):
+        here = dict(_indexed_axes(op))
+        results = [reached[result] for result in op.results if result in reached]
+        for value in op.operands:
+            if value.type.dtype.is_integer:
+                limits = [*results] if value not in here else [int(evaluate(here[value], sizes)), *results]
+                if limits:
+                    reached[value] = min(*limits, reached.get(value, limits[0]))
+    return {value: limit for value, limit in reached.items() if value in set(graph.inputs)}
+
+
+def _indexed_axes(op: Op) -> Iterator[tuple[Value, Dim]]:
+    """Index operands of ``op`` with the size of the axis that each one indexes."""
+    match op:
+        case Embedding():
+            yield op.indices, op.table.type.shape[0]
+        case IndexSelect() | Gather() | Scatter():
+            yield op.indices, op.x.type.shape[op.dim]
+        case Index():
+            yield from ((index, op.x.type.shape[op.dim + i]) for i, index in enumerate(op.indices))
+        case IndexPut():
+            yield from ((index, op.x.type.shape[i]) for i, index in enumerate(op.indices))
+
+
+def _smallest(graph: Graph) -> dict[str, int]:
+    return {name: max(symbol.min, 1) for name, symbol in graph.symbols().items()}
+
+
+def _ragged(graph: Graph) -> dict[str, int]:
+    def clip(symbol: Symbol, size: int) -> int:
+        return max(symbol.min, size if symbol.max is None else min(size, symbol.max))
+
+    symbols = graph.symbols().items()
+    sizes = zip(symbols, _RAGGED_SIZES * (len(symbols) // len(_RAGGED_SIZES) + 1), strict=False)
+    return {name: clip(symbol, symbol.min + size - 1 if symbol.min > 3 else size) for (name, symbol), size in sizes}
+
+
+def _draw(type: TensorType, sizes: Mapping[str, int], limit: int, generator: torch.Generator) -> torch.Tensor:
+    import torch
+
+    shape: Any = type.bind(sizes).shape
+    dtype = type.dtype.to_torch()
+    if type.dtype.is_floating:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    if type.dtype in (DType.I8, DType.U8):
+        low, high = (-128, 128) if type.dtype is DType.I8 else (0, 256)
+        if limit > 2:
+            low, high = 0, min(limit, high)
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(dtype)
+    return torch.randint(0, max(limit, 1), shape, generator=generator, dtype=torch.int64).to(dtype)
+
+
+def _sprinkle(data: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """``data`` with about a quarter of its floating elements replaced by zeros, infinities, NaN and extreme numbers."""
+    import torch
+
+    if not data.dtype.is_floating_point or not data.numel():
+        return data
+    choice = torch.randint(0, 4 * len(_SPECIAL_VALUES), data.shape, generator=generator)
+    special = torch.tensor(_SPECIAL_VALUES, dtype=torch.float64)
+    picked = special[choice % len(_SPECIAL_VALUES)].to(data.dtype)
+    return torch.where(choice < len(_SPECIAL_VALUES), picked, data)
