@@ -158,7 +158,7 @@ class Op:
             attributes,
             tuple(bound[name] for name in self.region_fields),
         )
-        self._make_results(self.infer())
+        self._infer_results()
 
     @staticmethod
     def reference(*operands: Any, **attributes: Any) -> Any:
@@ -229,7 +229,7 @@ class Op:
             tuple(region.copy() for region in self.regions),
         )
         op.location = self.location
-        op._make_results(op.infer())
+        op._infer_results()
         return op
 
     @classmethod
@@ -324,6 +324,16 @@ class Op:
         self._previous = self._next = None
         for index, value in enumerate(operands):
             value._add_use(Use(self, index))
+
+    def _infer_results(self) -> None:
+        try:
+            types = self.infer()
+        except Exception:
+            # An op that does not come into being reads nothing: its operands must not list it as a user.
+            for index, value in enumerate(self.operands):
+                value._remove_use(Use(self, index))
+            raise
+        self._make_results(types)
 
     def _make_results(self, types: Sequence[TensorType]) -> None:
         self.results = tuple(Value(type, producer=self, index=index) for index, type in enumerate(types))
