@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import mmap
 import os
 import shutil
 import zlib
@@ -34,6 +35,7 @@ from trimtab.tensor_file import TensorFile, TensorRecord, map_file
 COMMENT_PREFIX = b"trimtab artifact; manifest sha256 "
 # Read and copied in pieces: large enough to be fast, small enough to stay in the second-level cache.
 _PIECE_BYTES = 1 << 20
+_HASHED_BYTES = 32 << 20
 
 Verify = Literal["full", "code"]
 
@@ -197,7 +199,8 @@ class ArtifactReader:
         if verify not in ("full", "code"):
             raise UsageError("unknown value of verify", values={"verify": repr(verify)}, rule="use 'full' or 'code'")
         self.path = os.fspath(path)
-        self._data = memoryview(map_file(path))
+        self._mapping = map_file(path)
+        self._data = memoryview(self._mapping)
         directory = read_directory(self._data, self.path)
         self._records = directory.entries
         self.manifest = self._read_manifest(directory.comment)
@@ -227,11 +230,20 @@ class ArtifactReader:
 
     def _check_hash(self, name: str, expected: str) -> None:
         digest = hashlib.sha256()
-        view = self.view(name)
-        for start in range(0, len(view), _PIECE_BYTES):
-            digest.update(view[start : start + _PIECE_BYTES])
+        view, first = self.view(name), self._records[name].start
+        for start in range(0, len(view), _HASHED_BYTES):
+            digest.update(view[start : start + _HASHED_BYTES])
+            if len(view) > _HASHED_BYTES:
+                self._let_go(first + start, min(_HASHED_BYTES, len(view) - start))
         if digest.hexdigest() != expected:
             raise self._damaged("an entry's SHA-256 is not the one recorded", entry=name)
+
+    def _let_go(self, start: int, size: int) -> None:
+        """Unmap pages for now: weights that were only hashed need not count as this process's memory."""
+        page = mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = start - start % page
+            self._mapping.madvise(mmap.MADV_DONTNEED, begin, start + size - begin)
 
     def _damaged(self, problem: str, **values: object) -> ArtifactError:
         return ArtifactError(

@@ -223,7 +223,8 @@ def _load_runtime_library(reader: ArtifactReader, variant: CodeVariant, prefer_c
         )
     for name in variant.runtime:
         _load_globally(_library_path(name, reader.view(name)), f"{reader.path}/{name}")
-    sys.meta_path.insert(0, _RefuseSecondRuntime(reader.path))
+    if importlib.util.find_spec("tvm") is not None:
+        sys.meta_path.insert(0, _RefuseSecondRuntime(reader.path))
     return "artifact"
 
 
@@ -266,12 +267,17 @@ class _RefuseSecondRuntime:
         self._source = source
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name == "tvm":
-            raise ImportError(
-                f"this process runs the TVM runtime carried in {self._source}, and a second one would abort it. "
-                "Compile in another process, or install the tvm version the artifact was built with"
-            )
+        """Found, so that asking whether tvm is installed is answered; only loading it fails."""
+        return ModuleSpec(name, self) if name == "tvm" else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ImportError(
+            f"this process runs the TVM runtime carried in {self._source}, and a second one would abort it. "
+            "Compile in another process, or install the tvm version the artifact was built with"
+        )
 
 
 def _library_path(name: str, data: memoryview) -> str:
