@@ -13,26 +13,73 @@ from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
 
 _UNARY: dict[str, type[Op]] = {
-    "neg": ops.Neg, "abs": ops.Abs, "sign": ops.Sign, "exp": ops.Exp, "log": ops.Log, "log1p": ops.Log1p,
-    "expm1": ops.Expm1, "sqrt": ops.Sqrt, "rsqrt": ops.Rsqrt, "reciprocal": ops.Reciprocal, "sin": ops.Sin,
-    "cos": ops.Cos, "tan": ops.Tan, "asin": ops.Asin, "acos": ops.Acos, "atan": ops.Atan, "sinh": ops.Sinh,
-    "cosh": ops.Cosh, "tanh": ops.Tanh, "asinh": ops.Asinh, "acosh": ops.Acosh, "atanh": ops.Atanh, "erf": ops.Erf,
-    "sigmoid": ops.Sigmoid, "relu": ops.Relu, "silu": ops.Silu, "mish": ops.Mish, "hardsigmoid": ops.HardSigmoid,
-    "hardswish": ops.HardSwish, "floor": ops.Floor, "ceil": ops.Ceil, "round": ops.Round, "trunc": ops.Trunc,
-    "isnan": ops.IsNan, "isinf": ops.IsInf, "logical_not": ops.LogicalNot, "bitwise_not": ops.BitwiseNot,
-}  # fmt: skip
+    "neg": ops.Neg,
+    "abs": ops.Abs,
+    "sign": ops.Sign,
+    "exp": ops.Exp,
+    "log": ops.Log,
+    "log1p": ops.Log1p,
+    "expm1": ops.Expm1,
+    "sqrt": ops.Sqrt,
+    "rsqrt": ops.Rsqrt,
+    "reciprocal": ops.Reciprocal,
+    "sin": ops.Sin,
+    "cos": ops.Cos,
+    "tan": ops.Tan,
+    "asin": ops.Asin,
+    "acos": ops.Acos,
+    "atan": ops.Atan,
+    "sinh": ops.Sinh,
+    "cosh": ops.Cosh,
+    "tanh": ops.Tanh,
+    "asinh": ops.Asinh,
+    "acosh": ops.Acosh,
+    "atanh": ops.Atanh,
+    "erf": ops.Erf,
+    "sigmoid": ops.Sigmoid,
+    "relu": ops.Relu,
+    "silu": ops.Silu,
+    "mish": ops.Mish,
+    "hardsigmoid": ops.HardSigmoid,
+    "hardswish": ops.HardSwish,
+    "floor": ops.Floor,
+    "ceil": ops.Ceil,
+    "round": ops.Round,
+    "trunc": ops.Trunc,
+    "isnan": ops.IsNan,
+    "isinf": ops.IsInf,
+    "logical_not": ops.LogicalNot,
+    "bitwise_not": ops.BitwiseNot,
+}
 _TO_BOOL = ("isnan", "isinf", "logical_not")
 
 _BINARY: dict[str, type[Op]] = {
-    "mul": ops.Mul, "remainder": ops.Remainder, "fmod": ops.Fmod, "bitwise_and": ops.BitwiseAnd,
-    "bitwise_or": ops.BitwiseOr, "bitwise_xor": ops.BitwiseXor, "__and__": ops.BitwiseAnd, "__or__": ops.BitwiseOr,
-    "__xor__": ops.BitwiseXor, "maximum": ops.Maximum, "minimum": ops.Minimum, "atan2": ops.Atan2,
-    "bitwise_left_shift": ops.ShiftLeft, "bitwise_right_shift": ops.ShiftRight,
-    "eq": ops.Eq, "ne": ops.Ne, "lt": ops.Lt, "le": ops.Le, "gt": ops.Gt, "ge": ops.Ge,
-}  # fmt: skip
+    "mul": ops.Mul,
+    "remainder": ops.Remainder,
+    "fmod": ops.Fmod,
+    "bitwise_and": ops.BitwiseAnd,
+    "bitwise_or": ops.BitwiseOr,
+    "bitwise_xor": ops.BitwiseXor,
+    "__and__": ops.BitwiseAnd,
+    "__or__": ops.BitwiseOr,
+    "__xor__": ops.BitwiseXor,
+    "maximum": ops.Maximum,
+    "minimum": ops.Minimum,
+    "atan2": ops.Atan2,
+    "bitwise_left_shift": ops.ShiftLeft,
+    "bitwise_right_shift": ops.ShiftRight,
+    "eq": ops.Eq,
+    "ne": ops.Ne,
+    "lt": ops.Lt,
+    "le": ops.Le,
+    "gt": ops.Gt,
+    "ge": ops.Ge,
+}
 _LOGICAL: dict[str, type[Op]] = {
-    "logical_and": ops.LogicalAnd, "logical_or": ops.LogicalOr, "logical_xor": ops.LogicalXor,
-}  # fmt: skip
+    "logical_and": ops.LogicalAnd,
+    "logical_or": ops.LogicalOr,
+    "logical_xor": ops.LogicalXor,
+}
 
 
 def _register_unary(name: str, cls: type[Op]) -> None:
@@ -155,6 +202,13 @@ def softplus(call: Call, x: Value, beta: float, threshold: float) -> Value:
     return call(ops.Softplus(x, beta=beta, threshold=threshold))
 
 
+@converts("aten.log_sigmoid.default")
+def log_sigmoid(call: Call, x: Value) -> Value:
+    # min(x, 0) - log(1 + e^-|x|) does not overflow for large |x|.
+    tail = call(ops.Log1p(call(ops.Exp(call(ops.Neg(call(ops.Abs(x))))))))
+    return call(ops.Sub(call(ops.Minimum(x, call.operand(0.0, x.type.dtype))), tail))
+
+
 @converts("aten.prelu.default")
 def prelu(call: Call, x: Value, weight: Value) -> Value:
     slope = weight
@@ -193,17 +247,32 @@ def fill(call: Call, x: Value, value: Any) -> Value:
 
 
 @converts(
-    "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other", "aten._to_copy.default",
-    "aten.type_as.default", "aten.contiguous.default", "aten.clone.default", "aten.alias.default", "aten.detach.default",
-    "aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.positive.default",
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten.to.device",
+    "aten.to.other",
+    "aten._to_copy.default",
+    "aten.type_as.default",
+    "aten.contiguous.default",
+    "aten.clone.default",
+    "aten.alias.default",
+    "aten.detach.default",
+    "aten.detach_.default",
+    "aten.lift_fresh_copy.default",
+    "aten.lift_fresh.default",
+    "aten.positive.default",
     "prims.convert_element_type.default",
-)  # fmt: skip
+)
 def convert_dtype(call: Call, x: Value, **_: Any) -> Value:
     return call.cast(x, call.dtype)
 
 
 @converts(
-    "aten.dropout.default", "aten.feature_dropout.default", "aten.native_dropout.default", "aten.alpha_dropout.default"
+    "aten.dropout.default",
+    "aten.dropout_.default",
+    "aten.feature_dropout.default",
+    "aten.native_dropout.default",
+    "aten.alpha_dropout.default",
 )
 def dropout(call: Call, x: Value, p: float, train: bool | None) -> Value:
     if train and p > 0:
@@ -214,3 +283,14 @@ def dropout(call: Call, x: Value, p: float, train: bool | None) -> Value:
 @converts("aten.scalar_tensor.default")
 def scalar_tensor(call: Call, s: Any, **_: Any) -> Value:
     return call.operand(s, call.dtype)
+
+
+@converts(
+    "aten._assert_tensor_metadata.default",
+    "aten._assert_scalar.default",
+    "aten._assert_async.msg",
+    "aten.sym_constrain_range.default",
+    "aten.sym_constrain_range_for_size.default",
+)
+def assertion(call: Call, **_: Any) -> None:
+    """Checks that export leaves in a program: the types of the IR already say what they assert."""

@@ -23,11 +23,6 @@ from trimtab.ir.ops.opaque import encode_call
 from trimtab.ir.types import TensorType
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-# Checks that export leaves in the program; the types of our IR already say what they assert.
-_DROPPED = frozenset({
-    "aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg",
-    "aten.sym_constrain_range.default", "aten.sym_constrain_range_for_size.default",
-})  # fmt: skip
 
 
 class Importer:
@@ -70,8 +65,8 @@ class Importer:
         raise UnsupportedOpError(
             "the model uses operators that cannot be imported",
             values={"operators": "; ".join(lines)},
-            rule="an operator needs a converter, a decomposition, or fixed-shape tensor arguments to ride along as opaque",
-            fix="rewrite these lines of the model, or register a converter with trimtab.frontend.torch_export.registry.converts",
+            rule="an operator needs a converter, a decomposition, or a fixed result shape to ride along as opaque",
+            fix="rewrite these lines, or register a converter (trimtab.frontend.torch_export.registry.converts)",
             location=next(iter(self.unsupported.values()))[0][1],
         )
 
@@ -93,8 +88,6 @@ class Importer:
         if isinstance(meta, torch.SymInt | torch.SymBool | torch.SymFloat | int | bool | float):
             return self._number(node, meta)
         name = str(target)
-        if name in _DROPPED:
-            return None
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             # (enabled, body, *inputs) or (device, dtype, enabled, cache, body, *inputs): run the body in place.
             body = next(index for index, arg in enumerate(args) if isinstance(arg, GraphModule))
@@ -195,8 +188,11 @@ class Call:
         try:
             dtype = DType.from_torch(meta.dtype)
         except ValueError as error:
-            raise ImportModelError("a tensor has a dtype that the IR lacks", values={"dtype": meta.dtype, "node": self.node.name},
-                                   location=location_of(self.node)) from error  # fmt: skip
+            raise ImportModelError(
+                "a tensor has a dtype that the IR lacks",
+                values={"dtype": meta.dtype, "node": self.node.name},
+                location=location_of(self.node),
+            ) from error
         return TensorType(dtype, tuple(self.dim(size) for size in meta.shape))
 
     def dim(self, size: Any) -> Dim:
@@ -281,7 +277,7 @@ def _resolve(arg: Any, environment: Mapping[Node, Any]) -> Any:
 
 
 def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by schema name, with defaults filled in; ``self`` becomes ``x`` and Python keywords get an underscore."""
+    """Arguments by schema name, with defaults filled in; ``self`` and ``input`` become ``x``."""
     bound: dict[str, Any] = {}
     for index, argument in enumerate(target._schema.arguments):
         if index < len(args):

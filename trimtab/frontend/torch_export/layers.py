@@ -59,9 +59,16 @@ def einsum(call: Call, equation: str, tensors: list[Value], path: Any) -> Value:
 
 @converts("aten.scaled_dot_product_attention.default")
 def attention(
-    call: Call, query: Value, key: Value, value: Value, attn_mask: Value | None, dropout_p: float, is_causal: bool,
-    scale: Any, enable_gqa: bool,
-) -> Value:  # fmt: skip
+    call: Call,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: Any,
+    enable_gqa: bool,
+) -> Value:
     if dropout_p:
         raise Refusal("attention with dropout: the model is in training mode, call .eval() before tracing")
     width = query.type.shape[-1]
@@ -131,13 +138,33 @@ def native_group_norm(
 
 @converts("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
 def batch_norm(
-    call: Call, x: Value, weight: Value | None, bias: Value | None, running_mean: Value | None, running_var: Value | None,
-    momentum: float, eps: float, training: bool = False, cudnn_enabled: bool = False,
-) -> Any:  # fmt: skip
+    call: Call,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    running_mean: Value | None,
+    running_var: Value | None,
+    momentum: float,
+    eps: float,
+    training: bool = False,
+    cudnn_enabled: bool = False,
+) -> Any:
     if training or running_mean is None or running_var is None:
         raise Refusal("batch norm in training mode: call .eval() before tracing")
     value = call(ops.BatchNorm(x, running_mean, running_var, weight, bias, eps=eps))
     return (value, None, None) if isinstance(call.meta, tuple | list) else value
+
+
+@converts("aten.instance_norm.default")
+def instance_norm(
+    call: Call, x: Value, weight: Value | None, bias: Value | None, use_input_stats: bool, eps: float, **_: Any
+) -> Value:
+    if not use_input_stats:
+        raise Refusal("instance norm with running statistics")
+    channels = x.type.shape[1]
+    if not isinstance(channels, int):
+        raise Refusal("instance norm over a symbolic number of channels")
+    return call(ops.GroupNorm(x, weight, bias, groups=channels, eps=eps))
 
 
 @converts("aten._weight_norm.default")
@@ -178,9 +205,17 @@ def convolution_same(
 
 @converts("aten.convolution.default")
 def general_convolution(
-    call: Call, x: Value, weight: Value, bias: Value | None, stride: Any, padding: Any, dilation: Any, transposed: bool,
-    output_padding: Any, groups: int,
-) -> Value:  # fmt: skip
+    call: Call,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Value:
     if transposed:
         return transposed_convolution(call, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return convolution(call, x, weight, bias, stride, padding, dilation, groups)
@@ -188,9 +223,16 @@ def general_convolution(
 
 @converts("aten.conv_transpose1d.default", "aten.conv_transpose2d.input")
 def transposed_convolution(
-    call: Call, x: Value, weight: Value, bias: Value | None, stride: Any, padding: Any, output_padding: Any, groups: int,
+    call: Call,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
     dilation: Any,
-) -> Value:  # fmt: skip
+) -> Value:
     spatial = weight.type.rank - 2
     if spatial not in _TRANSPOSED or x.type.rank != weight.type.rank:
         raise Refusal("a transposed convolution of more than two spatial axes or without a batch axis")
@@ -201,25 +243,43 @@ def transposed_convolution(
 @converts("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default")
 def max_pool(call: Call, x: Value, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
     kernel = _per_axis(kernel_size, 2)
-    value = call(ops.MaxPool2d(
-        x, kernel=kernel, stride=_per_axis(stride or kernel, 2), padding=_per_axis(padding, 2),
-        dilation=_per_axis(dilation, 2), ceil_mode=ceil_mode,
-    ))  # fmt: skip
+    value = call(
+        ops.MaxPool2d(
+            x,
+            kernel=kernel,
+            stride=_per_axis(stride or kernel, 2),
+            padding=_per_axis(padding, 2),
+            dilation=_per_axis(dilation, 2),
+            ceil_mode=ceil_mode,
+        )
+    )
     return (value, None) if isinstance(call.meta, tuple | list) else value
 
 
 @converts("aten.avg_pool2d.default")
 def avg_pool(
-    call: Call, x: Value, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool,
+    call: Call,
+    x: Value,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
     divisor_override: int | None,
-) -> Value:  # fmt: skip
+) -> Value:
     if divisor_override is not None:
         raise Refusal("average pooling with a divisor of its own")
     kernel = _per_axis(kernel_size, 2)
-    return call(ops.AvgPool2d(
-        x, kernel=kernel, stride=_per_axis(stride or kernel, 2), padding=_per_axis(padding, 2),
-        ceil_mode=ceil_mode, count_include_pad=count_include_pad,
-    ))  # fmt: skip
+    return call(
+        ops.AvgPool2d(
+            x,
+            kernel=kernel,
+            stride=_per_axis(stride or kernel, 2),
+            padding=_per_axis(padding, 2),
+            ceil_mode=ceil_mode,
+            count_include_pad=count_include_pad,
+        )
+    )
 
 
 @converts("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")

@@ -10,11 +10,18 @@ from trimtab.frontend.torch_export.registry import Refusal, converts
 from trimtab.frontend.torch_export.shapes import reshape_to
 from trimtab.ir import ops
 from trimtab.ir.core import Value
+from trimtab.ir.dims import product
 from trimtab.ir.op import Op
 
 _REDUCTIONS: dict[str, type[Op]] = {
-    "sum": ops.Sum, "mean": ops.Mean, "prod": ops.Prod, "amax": ops.Amax, "amin": ops.Amin, "any": ops.Any, "all": ops.All,
-}  # fmt: skip
+    "sum": ops.Sum,
+    "mean": ops.Mean,
+    "prod": ops.Prod,
+    "amax": ops.Amax,
+    "amin": ops.Amin,
+    "any": ops.Any,
+    "all": ops.All,
+}
 
 
 def _register(name: str, cls: type[Op]) -> None:
@@ -72,6 +79,17 @@ def vector_norm(call: Call, x: Value, ord: float, dim: Any, keepdim: bool, dtype
     if math.isinf(ord):
         return call((ops.Amax if ord > 0 else ops.Amin)(magnitude, dims=dims, keepdim=keepdim))
     raise Refusal("a vector norm of an order other than 1, 2 or infinity")
+
+
+@converts("aten.var.correction", "aten.std.correction")
+def variance(call: Call, x: Value, dim: Any, correction: Any, keepdim: bool) -> Value:
+    dims = call.axes(dim, x)
+    count = product(x.type.shape[axis] for axis in dims)
+    spread = call(ops.Sub(x, call(ops.Mean(x, dims=dims, keepdim=True))))
+    total = call(ops.Sum(call(ops.Mul(spread, spread)), dims=dims, keepdim=keepdim))
+    divisor = call.operand(count - (1 if correction is None else correction), x.type.dtype)
+    result = call(ops.Div(total, divisor))
+    return call(ops.Sqrt(result)) if "std" in str(call.node.target) else result
 
 
 @converts("aten.topk.default")

@@ -18,10 +18,20 @@ def reshape_to(call: Call, x: Value, shape: tuple[Dim, ...]) -> Value:
 
 
 @converts(
-    "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten._reshape_alias.default",
-    "aten.flatten.using_ints", "aten.unflatten.int", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims",
-    "aten.unsqueeze.default", "aten.view_as.default", "aten.reshape_as.default", "aten.ravel.default",
-)  # fmt: skip
+    "aten.view.default",
+    "aten.reshape.default",
+    "aten._unsafe_view.default",
+    "aten._reshape_alias.default",
+    "aten.flatten.using_ints",
+    "aten.unflatten.int",
+    "aten.squeeze.default",
+    "aten.squeeze.dim",
+    "aten.squeeze.dims",
+    "aten.unsqueeze.default",
+    "aten.view_as.default",
+    "aten.reshape_as.default",
+    "aten.ravel.default",
+)
 def reshape(call: Call, x: Value, **_: Any) -> Value:
     return reshape_to(call, x, call.shape)
 
@@ -81,7 +91,8 @@ def clamp_index(index: Dim, size: Dim) -> Dim:
         return dim_max(0, size + index)
     if low < 0:
         raise Refusal("a slice bound whose sign depends on a size")
-    return size if isinstance(index, int) and index >= bounds(size)[1] else dim_min(index, size)
+    # torch writes "to the end" as the largest 64-bit integer.
+    return size if isinstance(index, int) and index >= min(bounds(size)[1], 2**62) else dim_min(index, size)
 
 
 @converts("aten.select.int")
@@ -117,9 +128,13 @@ def stack(call: Call, tensors: list[Value], dim: int) -> Value:
 
 
 @converts(
-    "aten.split.Tensor", "aten.split_with_sizes.default", "aten.split.sizes", "aten.chunk.default",
-    "aten.tensor_split.sections", "aten.split_with_sizes_copy.default",
-)  # fmt: skip
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.split.sizes",
+    "aten.chunk.default",
+    "aten.tensor_split.sections",
+    "aten.split_with_sizes_copy.default",
+)
 def split(call: Call, x: Value, dim: int, **_: Any) -> tuple[Value, ...]:
     axis = call.axis(dim, x)
     sizes = tuple(shape[axis] for shape in call.shapes())
@@ -245,9 +260,14 @@ def ones(call: Call, **_: Any) -> Value:
 
 
 @converts(
-    "aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default", "aten.empty.memory_format",
-    "aten.empty_like.default", "aten.new_empty.default", "aten.empty_permuted.default",
-)  # fmt: skip
+    "aten.zeros.default",
+    "aten.zeros_like.default",
+    "aten.new_zeros.default",
+    "aten.empty.memory_format",
+    "aten.empty_like.default",
+    "aten.new_empty.default",
+    "aten.empty_permuted.default",
+)
 def zeros(call: Call, **_: Any) -> Value:
     return call(ops.Full(value=_scalar(0, call), dtype=call.dtype, shape=call.shape))
 

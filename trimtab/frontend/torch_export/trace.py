@@ -53,8 +53,12 @@ def trace(
     if not isinstance(module, torch.nn.Module):
         raise UsageError("trace takes a torch.nn.Module", values={"given": type(module).__name__})
     if module.training:
-        raise ImportModelError("the model is in training mode", values={"model": type(module).__name__},
-                               rule="inference drops dropout and uses running statistics", fix="call .eval() first")  # fmt: skip
+        raise ImportModelError(
+            "the model is in training mode",
+            values={"model": type(module).__name__},
+            rule="inference drops dropout and uses running statistics",
+            fix="call .eval() first",
+        )
     args = tuple(args) if isinstance(args, list | tuple) else (args,)
     kwargs = dict(kwargs or {})
     shapes, minimums = _torch_dynamic_shapes(dynamic_shapes)
@@ -94,8 +98,11 @@ def import_program(
     outputs = [value for value in returned if isinstance(value, Value)]
     if len(outputs) != len(returned):
         odd = [repr(value) for value in returned if not isinstance(value, Value)]
-        raise ImportModelError("the model returns something that is not a tensor", values={"returned": ", ".join(odd)},
-                               fix="return tensors only")  # fmt: skip
+        raise ImportModelError(
+            "the model returns something that is not a tensor",
+            values={"returned": ", ".join(odd)},
+            fix="return tensors only",
+        )
     builder.output(*outputs, names=_output_names(program, len(outputs)))
     builder.module.drop_unused_weights()
     verify(builder.module)
@@ -108,7 +115,7 @@ def _prepare(program: ExportedProgram) -> ExportedProgram:
         node.target for graph in _graphs(program.graph_module) for node in graph.nodes if node.op == "call_function"
     }
     overloads = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
-    mutates = any(target._schema.is_mutable for target in overloads)
+    mutates = any(target._schema.is_mutable and find_converter(str(target)) is None for target in overloads)
     missing = {target for target in overloads if find_converter(str(target)) is None}
     table: dict[Any, Any] = {}
     if missing:
@@ -162,8 +169,9 @@ def _placeholders(program: ExportedProgram, builder: Builder, importer: Importer
         if data is None:
             data = program.constants.get(target)
         if not isinstance(data, torch.Tensor):
-            raise ImportModelError("the model holds a constant that is not a tensor", values={"name": target,
-                                   "type": type(data).__name__})  # fmt: skip
+            raise ImportModelError(
+                "the model holds a constant that is not a tensor", values={"name": target, "type": type(data).__name__}
+            )
         arguments.append(_weight(target, data, spec.kind is InputKind.PARAMETER, builder, seen))
     return arguments
 
@@ -182,8 +190,11 @@ def _dtype(tensor: torch.Tensor, name: str) -> DType:
     try:
         return DType.from_torch(tensor.dtype)
     except ValueError as error:
-        raise ImportModelError("a tensor has a dtype that the IR lacks", values={"tensor": name, "dtype": tensor.dtype},
-                               rule=f"known dtypes: {' '.join(map(str, DType))}") from error  # fmt: skip
+        raise ImportModelError(
+            "a tensor has a dtype that the IR lacks",
+            values={"tensor": name, "dtype": tensor.dtype},
+            rule=f"known dtypes: {' '.join(map(str, DType))}",
+        ) from error
 
 
 def _input_names(program: ExportedProgram) -> list[str]:

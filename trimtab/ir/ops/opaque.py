@@ -15,7 +15,7 @@ from trimtab.ir.op import Op
 class Opaque(Op):
     """A call of the torch operator ``target`` (``aten.erfinv.default``), which is its own reference.
 
-    ``arguments`` is the JSON text of the positional arguments, in which ``{"operand": i}`` stands for tensor i and
+    ``call`` is the JSON text of the arguments in the order of the operator's schema, in which ``{"operand": i}`` stands for tensor i and
     ``{"dtype": "float32"}`` for a dtype.  Backends lower it when they can, else report it.
     """
 
@@ -25,7 +25,10 @@ class Opaque(Op):
 
     @staticmethod
     def reference(tensors: list[Any], *, target: str, call: str) -> Any:
-        return resolve_operator(target)(*_decode(json.loads(call), tensors))
+        operator = resolve_operator(target)
+        values = _decode(json.loads(call), tensors)
+        named = {a.name: v for a, v in zip(operator._schema.arguments, values, strict=False) if a.kwarg_only}
+        return operator(*values[: len(values) - len(named)], **named)
 
 
 def resolve_operator(target: str) -> Any:
@@ -48,7 +51,7 @@ def resolve_operator(target: str) -> Any:
 
 
 def encode_call(args: tuple[Any, ...], tensors: list[Any]) -> str:
-    """The ``call`` text for positional arguments; values found in ``tensors`` become ``{"operand": i}``.
+    """The ``call`` text for arguments in the order of the operator's schema; values found in ``tensors`` become ``{"operand": i}``.
 
     Raises:
         TypeError: an argument has no text form.

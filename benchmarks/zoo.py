@@ -1,0 +1,199 @@
+"""Every zoo model through both doors and the TVM backend, in one table.
+
+    python benchmarks/zoo.py [--quick] [--json FILE] [--door torch|onnx] [--backend interpreter|tvm] [--dynamic]
+
+For each model and door: import, verify, print and parse back, then compare with eager PyTorch at several sizes:
+the interpreter within 1e-5 (float32) and 1e-10 (float64, torch door), the compiled code within 1e-4 of the
+interpreter, all relative to the largest element.  A row's outcome is ``passed``, ``refused`` (an error in words) or
+``wrong`` (a disagreement, or an exception that is not one of Trimtab's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from zoo_models import ZooModel, zoo
+
+from trimtab import Module, TrimtabError, from_onnx, interpret, trace
+from trimtab.ir import parse_module, print_module
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    model: str
+    door: str
+    backend: str
+    outcome: str
+    error: str = ""
+    difference: float = 0.0
+    seconds: float = 0.0
+
+
+class Disagreement(Exception):  # noqa: N818  a finding, not a fault of this program
+    """Outputs differ by more than the tolerance."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a subset of the models")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--door", choices=["torch", "onnx"], action="append", help="only this door")
+    parser.add_argument("--backend", choices=["interpreter", "tvm"], action="append", help="only this backend")
+    parser.add_argument("--model", action="append", help="only this model")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[Row] = []
+    print(f"{'model':18s} {'door':6s} {'backend':12s} {'outcome':8s} {'difference':>10s} {'seconds':>8s}")
+    for entry in zoo(quick=args.quick):
+        if args.model and entry.name not in args.model:
+            continue
+        for door in args.door or ["torch", "onnx"]:
+            for row in check(entry, door, args.backend or ["interpreter", "tvm"]):
+                rows.append(row)
+                print(
+                    f"{row.model:18s} {row.door:6s} {row.backend:12s} {row.outcome:8s} {row.difference:10.1e} "
+                    f"{row.seconds:8.1f} {row.error}",
+                    flush=True,
+                )
+    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in ("passed", "refused", "wrong")}
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 1 if counts["wrong"] else 0
+
+
+def check(entry: ZooModel, door: str, backends: Sequence[str]) -> list[Row]:
+    """The rows of one model through one door."""
+    model = entry.build()
+    imported: list[Module] = []
+
+    def by_interpreter() -> float:
+        module = _import(entry, model, door)
+        if parse_module(print_module(module)) != module:
+            raise Disagreement("the text form does not parse back to the same module")
+        imported.append(module)
+        worst = _compare_interpreter(module, entry, model, torch.float32, 1e-5)
+        if door == "torch":
+            double = entry.build().double()
+            wide = trace(double, tuple(entry.inputs(2, 12, torch.float64).values()))
+            _compare_interpreter(wide, entry, double, torch.float64, 1e-10, [(2, 12)])
+        return worst
+
+    def by_tvm() -> float:
+        if not imported:
+            imported.append(_import(entry, model, door))
+        return _compare_compiled(imported[0], entry)
+
+    rows = []
+    for backend in backends:
+        start = time.perf_counter()
+        row = Row(entry.name, door, backend, "passed")
+        try:
+            row.difference = by_interpreter() if backend == "interpreter" else by_tvm()
+        except TrimtabError as error:
+            row.outcome, row.error = "refused", str(error)
+        except Disagreement as error:
+            row.outcome, row.error = "wrong", str(error)
+        except Exception as error:
+            row.outcome, row.error = "wrong", f"{type(error).__name__}: {error}"
+        row.seconds = round(time.perf_counter() - start, 2)
+        rows.append(row)
+    return rows
+
+
+def _import(entry: ZooModel, model: torch.nn.Module, door: str) -> Module:
+    inputs = entry.inputs(2, 12)
+    if door == "torch":
+        return trace(model, tuple(inputs.values()), dynamic_shapes=entry.dynamic_shapes())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            model,
+            tuple(inputs.values()),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=entry.dynamic_shapes(),
+            input_names=list(inputs),
+            verbose=False,
+        )
+        module = from_onnx(path)
+        for weight in module.weights.values():
+            weight.sha256  # noqa: B018  reads the data while the file is still there
+        return module
+
+
+def _sizes(entry: ZooModel) -> list[tuple[int, int]]:
+    symbols = {name for axes in entry.dynamic_axes.values() for name in axes.values()}
+    return [(2, 12), (1, 7), (3, 9)] if "sequence" in symbols else [(2, 12), (1, 12), (3, 12)]
+
+
+def _compare_interpreter(
+    module: Module,
+    entry: ZooModel,
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    tolerance: float,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> float:
+    worst = 0.0
+    for batch, length in sizes or _sizes(entry):
+        inputs = entry.inputs(batch, length, dtype)
+        with torch.no_grad():
+            result = model(*inputs.values())
+        expected = list(result.values()) if isinstance(result, dict) else result
+        expected = list(expected) if isinstance(expected, list | tuple) else [expected]
+        got = interpret(module, list(inputs.values()))
+        worst = max(worst, _difference(got, expected, tolerance, f"{dtype} at batch {batch}, length {length}"))
+    return worst
+
+
+def _compare_compiled(module: Module, entry: ZooModel) -> float:
+    from trimtab import compile, load
+
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = compile(module, target="native").save(Path(folder) / "model.trim")
+        with load(artifact) as session:
+            for batch, length in _sizes(entry):
+                inputs = list(entry.inputs(batch, length).values())
+                result = session(*(tensor.numpy() for tensor in inputs))
+                arrays = [result] if hasattr(result, "dtype") else list(result)
+                got = [torch.from_numpy(array) for array in arrays]
+                worst = max(worst, _difference(got, interpret(module, inputs), 1e-4, f"batch {batch}, length {length}"))
+    return worst
+
+
+def _difference(got: Tensors, expected: Tensors, tolerance: float, where: str) -> float:
+    """The largest difference relative to each tensor's largest element; raises when above the tolerance."""
+    if len(got) != len(expected):
+        raise Disagreement(f"{len(got)} outputs instead of {len(expected)}")
+    worst = 0.0
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise Disagreement(f"output {index} is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}")
+        scale = b.double().abs().max().clamp_min(1e-30)
+        error = float((a.double() - b.double()).abs().max() / scale)
+        if not error <= tolerance:
+            raise Disagreement(f"output {index} differs by {error:.1e} (allowed {tolerance:.0e}) in {where}")
+        worst = max(worst, error)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
