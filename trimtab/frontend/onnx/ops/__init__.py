@@ -1,0 +1,41 @@
+"""Handlers of the ONNX operators, one file a family. Importing this package registers them all."""
+
+from trimtab.frontend.onnx.ops import (
+    activation,
+    arithmetic,
+    attention,
+    contraction,
+    contrib,
+    convolution,
+    creation,
+    elementwise,
+    gathering,
+    normalization,
+    pooling,
+    quantization,
+    reduction,
+    reshaping,
+    resizing,
+    scattering,
+    slicing,
+)
+
+__all__ = [
+    "activation",
+    "arithmetic",
+    "attention",
+    "contraction",
+    "contrib",
+    "convolution",
+    "creation",
+    "elementwise",
+    "gathering",
+    "normalization",
+    "pooling",
+    "quantization",
+    "reduction",
+    "reshaping",
+    "resizing",
+    "scattering",
+    "slicing",
+]
