@@ -95,15 +95,15 @@ def import_program(
     arguments = _placeholders(program, builder, importer)
     returned = importer.run(program.graph_module, arguments)
     importer.raise_unsupported()
-    outputs = [value for value in returned if isinstance(value, Value)]
-    if len(outputs) != len(returned):
-        odd = [repr(value) for value in returned if not isinstance(value, Value)]
+    outputs = {name: value for name, value in zip(_output_names(program), returned, strict=True) if value is not None}
+    odd = [f"{name}={value!r}" for name, value in outputs.items() if not isinstance(value, Value)]
+    if odd:
         raise ImportModelError(
             "the model returns something that is not a tensor",
             values={"returned": ", ".join(odd)},
-            fix="return tensors only",
+            rule="outputs are tensors; a None among them is left out",
         )
-    builder.output(*outputs, names=_output_names(program, len(outputs)))
+    builder.output(*outputs.values(), names=list(outputs))
     builder.module.drop_unused_weights()
     verify(builder.module)
     return builder.module
@@ -216,15 +216,14 @@ def _input_names(program: ExportedProgram) -> list[str]:
     return names
 
 
-def _output_names(program: ExportedProgram, count: int) -> list[str]:
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Names of the flattened outputs: keys of a returned dict or dataclass, else ``output`` with an index."""
     spec = program.call_spec.out_spec
     dummy = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     named = [_path("", path).lstrip(".") for path, _ in pytree.tree_leaves_with_path(dummy)]
-    if len(named) != count:
-        return []
-    if all(name and not name.isdigit() for name in named):
+    if all(name and not name[0].isdigit() for name in named):
         return named
-    return ["output"] if count == 1 else [f"output.{name or index}" for index, name in enumerate(named)]
+    return ["output"] if len(named) == 1 else [f"output.{name}" for name in named]
 
 
 def _path(label: str, path: Sequence[Any]) -> str:
