@@ -23,10 +23,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from zoo_models import ZooModel, zoo
 
 from trimtab import Module, TrimtabError, from_onnx, interpret, trace
 from trimtab.ir import parse_module, print_module
+from zoo_models import ZooModel, zoo
 
 Tensors = Sequence[torch.Tensor]
 
@@ -44,7 +44,7 @@ class Row:
     seconds: float = 0.0
 
 
-class Disagreement(Exception):  # noqa: N818  a finding, not a fault of this program
+class Disagreement(Exception):
     """Outputs differ by more than the tolerance."""
 
 
