@@ -129,7 +129,7 @@ def compile_library(module: Any, exec_mode: str = "bytecode") -> bytes:
 
 
 @cache
-def passthrough_library() -> bytes:
+def passthrough_library(exec_mode: str = "bytecode") -> bytes:
     """A model that returns its input ``x: f32[2]`` twice, its weight ``w: f32[2]``, and ``x + w``."""
     from tvm.script import ir as I
     from tvm.script import relax as R
@@ -141,7 +141,7 @@ def passthrough_library() -> bytes:
             total = R.add(x, w)
             return (x, x, w, total)
 
-    return compile_library(Module)
+    return compile_library(Module, exec_mode)
 
 
 @cache

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runtime_fixture as fixture
 
-from trimtab.runtime.manifest import Manifest, Tolerance
+from trimtab.runtime.manifest import Manifest, Tolerance, WeightEntry
 from trimtab.runtime.samples import Sample, encode_samples
 
 
@@ -108,6 +108,33 @@ def test_a_runtime_library_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> 
         done = python(RUN, tmp_path / "m", "carried")
         assert done.returncode == 1
         assert "ArtifactError" in done.stderr
+
+
+MEMORY = """
+import resource, sys
+from trimtab.runtime import load
+import numpy as np
+load(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session = load(sys.argv[2], verify=sys.argv[3])
+session(np.ones((3, 8), np.float32), np.ones((3, 1), np.float32))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("verify", ["full", "code"])
+def test_weights_that_are_not_used_take_no_memory(path: Path, tmp_path: Path, verify: str) -> None:
+    table = np.ones((200, 1 << 18), np.float32)  # 200 MiB that the code does not take
+
+    def with_table(manifest: Manifest) -> Manifest:
+        weights = (*manifest.weights, WeightEntry("table", "f32", table.shape))
+        variants = tuple(replace(variant, weights=("w", "b")) for variant in manifest.variants)
+        return replace(manifest, weights=weights, variants=variants)
+
+    fixture.write_artifact(tmp_path / "m", weights=fixture.WEIGHTS | {"table": table}, change=with_table)
+    done = python(MEMORY, path, tmp_path / "m", verify)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 60 * 1024  # KiB, on Linux
 
 
 def test_importing_the_runtime_is_quick_and_light() -> None:

@@ -145,11 +145,12 @@ def test_results_stay_valid(path: Path) -> None:
         array[:] = 0  # the caller's own
 
 
-def test_outputs_that_are_inputs_or_weights_are_copies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exec_mode", ["bytecode", "compiled"])
+def test_outputs_that_are_inputs_or_weights_are_copies(tmp_path: Path, exec_mode: str) -> None:
     weight = np.array([3, 4], np.float32)
     spec = TensorSpec("x", "f32", (2,))
     outputs = tuple(replace(spec, name=name) for name in ("a", "b", "w", "sum"))
-    library = fixture.passthrough_library()
+    library = fixture.passthrough_library(exec_mode)
     session = with_model(tmp_path / "m", library, (spec,), outputs, weights={"w": weight})
     memory = np.zeros(64, np.float32)
     x = memory[(-memory.ctypes.data % 64) // 4 :][:2]  # aligned, so that it is not copied on the way in
@@ -161,6 +162,8 @@ def test_outputs_that_are_inputs_or_weights_are_copies(tmp_path: Path) -> None:
     assert a.tolist() == b.tolist() == [101, 102]
     assert session(x)["w"].tolist() == [3, 4]
     assert session(x)["sum"].tolist() == [4, 6]
+    # Kernels can be timed only where the virtual machine calls them.
+    assert bool(session.profile(x).kernels) == (exec_mode == "bytecode")
 
 
 def test_bfloat16_integers_and_booleans(tmp_path: Path) -> None:

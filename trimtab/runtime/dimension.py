@@ -22,7 +22,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_MAX_TEXT = 1000
+_MAX_TEXT = 200
 
 
 def symbols_of(dimension: Dimension) -> frozenset[str]:
