@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from trimtab.backends.base import Backend, CompiledCode
     from trimtab.ir import Module
 
-BACKENDS = {"tvm": "trimtab.backends.tvm"}
+BACKENDS = {"tvm": "trimtab.backends.tvm.backend"}
 """Module of each code generator, by name."""
 
 DEFAULT_PIPELINE = "cleanup,fuse"
