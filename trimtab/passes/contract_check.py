@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from trimtab.errors import CalibrationError, ContractError, TrimtabError, UsageError
@@ -27,6 +28,7 @@ CheckMode: TypeAlias = Literal["always", "close", "never"]
 MAC_LIMIT = 100e9
 """Multiply-accumulates of one evaluation above which exact passes are not checked: about a second on two cores."""
 _MAX_BATCHES = 2
+_SMALL_MACS = 1e9
 
 
 class ContractCheck(Observer):
@@ -148,7 +150,8 @@ class _Evaluations:
         if key not in known:
             wide = getattr(torch, precision) if precision else None
             try:
-                known[key] = interpret(module, sample.inputs, precision=wide, row_major=True)
+                with _threads_for(sample):
+                    known[key] = interpret(module, sample.inputs, precision=wide, row_major=True)
             except TrimtabError as error:
                 known[key] = error
         outputs: tuple[torch.Tensor, ...] | TrimtabError = known[key]
@@ -168,6 +171,20 @@ class _Evaluations:
                 return known
         self._modules = [*self._modules[-1:], (module, {})]
         return self._modules[-1][1]
+
+
+@contextmanager
+def _threads_for(sample: Sample) -> Iterator[None]:
+    """One thread for small samples: waking a pool for thousands of tiny ops takes longer than the ops, and a hundred
+    times longer when other processes hold the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if sample.macs < _SMALL_MACS else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _drifts(

@@ -63,9 +63,9 @@ class FoldConstants(Pass):
 
     def _fold_to_weight(self, op: Op, module: Module, graph: Graph, readers: Counter[str]) -> bool:
         """Fold ``op`` into a weight. ``readers`` counts the graphs that read a weight."""
-        type, size = op.result.type, op.result.type.bytes
         if not op.operands or not all(map(_is_constant, op.operands)) or not _is_static(op) or not is_deterministic(op):
             return False
+        type, size = op.result.type, op.result.type.bytes
         own = {value for value in op.operands if value.is_weight and readers[value.weight] == 1}
         freed = [module.weights[v.weight].nbytes for v in own if all(use.user is op for use in v.uses)]
         if not isinstance(size, int) or (size > self.limit and size > sum(freed)):

@@ -52,7 +52,9 @@ def _absorb_bias(op: Op, build: Builder) -> Value | None:
             and linear.bias is None
             and len(product.uses) == 1
             and bias.is_weight
+            and linear.weight.type.rank == 2
             and bias.type.shape == linear.weight.type.shape[:1]
+            and linear.result.type == op.result.type
         ):
             return build(Linear(linear.x, linear.weight, bias))
     return None

@@ -105,9 +105,9 @@ def _indexed_axes(op: Op) -> Iterator[tuple[Value, Dim]]:
         case IndexSelect() | Gather() | Scatter():
             yield op.indices, op.x.type.shape[op.dim]
         case Index():
-            yield from ((index, op.x.type.shape[op.dim + i]) for i, index in enumerate(op.indices))
+            yield from zip(op.indices, op.x.type.shape[op.dim :], strict=False)
         case IndexPut():
-            yield from ((index, op.x.type.shape[i]) for i, index in enumerate(op.indices))
+            yield from zip(op.indices, op.x.type.shape, strict=False)
 
 
 def _smallest(graph: Graph) -> dict[str, int]:

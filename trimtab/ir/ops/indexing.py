@@ -118,3 +118,13 @@ class IndexPut(Op):
     @staticmethod
     def reference(x: Tensor, indices: list[Tensor], updates: Tensor, *, accumulate: bool) -> Tensor:
         return torch.ops.aten.index_put(x, list(indices), updates, accumulate)  # type: ignore[no-any-return]
+
+    def verify(self) -> None:
+        check_axes(self, tuple(range(len(self.indices))), self.x.type.rank)
+        if any(not value.type.dtype.is_integer for value in self.indices):
+            raise VerificationError(
+                "index_put takes integer tensors",
+                values={"indices": [v.type for v in self.indices]},
+                rule="a bool index writes to places that depend on data",
+                location=self.location,
+            )
