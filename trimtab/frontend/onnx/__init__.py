@@ -74,7 +74,12 @@ def _tensor(name: str, data: Any) -> torch.Tensor:
     import torch
 
     try:
-        return data if isinstance(data, torch.Tensor) else torch.from_numpy(np.array(data))
+        if isinstance(data, torch.Tensor):
+            return data
+        array = np.array(data)
+        if array.dtype.name == "bfloat16":  # numpy knows this type only through ml_dtypes, torch not at all
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
     except TypeError as error:
         raise UsageError("a constant is not a tensor", values={"name": name, "type": type(data).__name__}) from error
 

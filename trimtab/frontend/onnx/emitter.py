@@ -210,6 +210,16 @@ class Emitter:
         self.graph.ops.append(op)
         return op.results[0]
 
+    def inputs_behind(self, value: Value) -> list[str]:
+        """Names of the graph inputs from whose data ``value`` is computed."""
+        seen, waiting = {value}, [value]
+        while waiting:
+            current = waiting.pop()
+            if current.producer is not None:
+                waiting.extend(new for new in current.producer.operands if new not in seen)
+                seen.update(current.producer.operands)
+        return [found.name for found in self.graph.inputs if found in seen]
+
     def suggest(self, symbol: str, limit: int) -> None:
         """Remember that ``symbol <= limit`` would decide a slice; the importer tries it if the model fails without."""
         refinement = Refinement(symbol, limit)

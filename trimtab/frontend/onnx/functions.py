@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -22,13 +23,21 @@ def schema_of(op: str, version: int, domain: str) -> Any | None:
         return None
 
 
+@dataclass(frozen=True)
+class StandardBody:
+    """An operator's defining function, and for each of its outputs its place among the function's (None: not made)."""
+
+    function: onnx_ir.Function
+    outputs: tuple[int | None, ...]
+
+
 def standard_body(
     node: onnx_ir.Node,
     attributes: Mapping[str, onnx_ir.Attr],
     version: int,
     domain: str,
     inputs: Sequence[Value | None],
-) -> onnx_ir.Function | None:
+) -> StandardBody | None:
     """The function that defines ``node``'s operator in the standard; None when it is a primitive operator.
 
     Some bodies depend on the types of the inputs and on attributes, hence the arguments.
@@ -56,7 +65,13 @@ def standard_body(
         return None
     if not proto.opset_import:
         proto.opset_import.add(domain="", version=version)
-    return onnx_ir.serde.deserialize_function(proto)
+    # A body leaves out optional outputs that this node does not ask for.
+    made = {name for step in proto.node for name in step.output} | set(proto.input)
+    names = [name for name in proto.output if name in made]
+    places = tuple(names.index(name) if name in made else None for name in proto.output)
+    del proto.output[:]
+    proto.output.extend(names)
+    return StandardBody(onnx_ir.serde.deserialize_function(proto), places)
 
 
 def schema_defaults(op: str, version: int, domain: str) -> dict[str, onnx_ir.Attr]:

@@ -16,7 +16,7 @@ from trimtab.frontend.onnx.functions import schema_defaults, schema_of, standard
 from trimtab.frontend.onnx.initializers import store
 from trimtab.frontend.onnx.loading import OpenedModel
 from trimtab.frontend.onnx.locations import location_of
-from trimtab.frontend.onnx.node import Node, UseDefinition
+from trimtab.frontend.onnx.node import Node, UseDefinition, advice
 from trimtab.frontend.onnx.registry import find_handler, normalized_domain, oldest_version
 from trimtab.frontend.onnx.signature import DimSpec, Signature
 from trimtab.frontend.onnx.unsupported import UnsupportedOps
@@ -207,8 +207,10 @@ class Importer:
         def run() -> Sequence[Value | None]:
             self.emitter.location = location
             if handler is not None:
+                view = Node(self.emitter, node, defined, inputs, attributes, location)
                 try:
-                    results = handler(Node(self.emitter, node, defined, inputs, attributes, location))
+                    results = handler(view)
+                    view.check_all_read(schema)
                     return results if isinstance(results, tuple) else (results,)
                 except UseDefinition as reason:
                     if not has_body:
@@ -216,7 +218,8 @@ class Importer:
             body = standard_body(node, attributes, version, domain, inputs)
             if body is None:
                 raise self._unknown(node, domain, version, True, location)
-            return self._call(body, inputs, {**schema_defaults(node.op_type, version, domain), **attributes})
+            results = self._call(body.function, inputs, {**schema_defaults(node.op_type, version, domain), **attributes})
+            return [None if place is None else results[place] for place in body.outputs]
 
         return run
 
@@ -227,7 +230,7 @@ class Importer:
         for name, attr in node.attributes.items():
             if not attr.is_ref():
                 found[name] = attr
-            elif (given := outer.get(str(attr.ref_attr_name))) is not None:
+            elif (given := outer.get(str(attr.ref_attr_name))) is not None and given.value is not None:
                 found[name] = onnx_ir.Attr(name, given.type, given.value)
         return found
 
@@ -278,7 +281,8 @@ class Importer:
                 "If: the condition is computed from data",
                 values={"node": node.name or "(unnamed)"},
                 rule="the graph has no branches; a condition must be constant or follow from sizes",
-                fix="export the model with this choice made, or fix an input with from_onnx(..., constants={...})",
+                fix="export the model with this choice made, or "
+                + advice([] if condition is None else self.emitter.inputs_behind(condition)),
             )
         name = "then_branch" if bool(content.reshape(-1)[0]) else "else_branch"
         if name not in node.attributes or node.attributes[name].type != onnx_ir.AttributeType.GRAPH:

@@ -59,6 +59,7 @@ class Node:
         self.location = location
         self.name = source.name or ""
         self._attributes = attributes
+        self._read: set[str] = set()
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -157,11 +158,9 @@ class Node:
 
     def _needs_constant(self, index: int, role: str) -> NoReturn:
         value = self.inputs[index]
-        name = value.name if value is not None and value.name else f"input {index}"
         self.refuse(
-            f"{role} ({name}) is computed from data",
-            "make it an initializer, or, when it is an input of the graph, fix it with "
-            f"from_onnx(..., constants={{{name!r}: array}})",
+            f"{role} is computed from data",
+            "make it an initializer, or " + advice([] if value is None else self.emitter.inputs_behind(value)),
             rule="shapes and axes are known when a model is imported",
         )
 
@@ -170,7 +169,26 @@ class Node:
     def has(self, name: str) -> bool:
         return name in self._attributes
 
+    def ignore(self, *names: str) -> None:
+        """Say of attributes that they make no difference here."""
+        self._read.update(names)
+
+    def check_all_read(self, schema: Any) -> None:
+        """Attributes that a handler did not look at have their default values.
+
+        A newer definition of an operator may have attributes that its handler has never heard of.
+        """
+        for name, attribute in self._attributes.items():
+            known = schema.attributes.get(name) if schema is not None else None
+            if name in self._read or known is None:
+                continue
+            default = known.default_value
+            if default.name and onnx_ir.serde.deserialize_attribute(default).value == attribute.value:
+                continue
+            self.use_definition(f"the attribute {name}={attribute.value}")
+
     def _attribute(self, name: str, kinds: tuple[onnx_ir.AttributeType, ...], default: Any) -> Any:
+        self._read.add(name)
         found = self._attributes.get(name)
         if found is None:
             if default is _REQUIRED:
@@ -255,6 +273,12 @@ class Node:
             where=self.where,
             location=self.location,
         )
+
+
+def advice(inputs: Sequence[str]) -> str:
+    """How to fix graph inputs at import."""
+    names = ", ".join(f"{name!r}: array" for name in inputs[:4])
+    return f"fix graph inputs that it depends on with from_onnx(..., constants={{{names or '...'}}})"
 
 
 def shortest_float(value: float) -> float:

@@ -38,7 +38,7 @@ def modulo(node: Node) -> Value:
     x, y = _pair(node)
     if node.flag("fmod"):
         return compute(node, ops.Fmod, (x, y))
-    if x.type.dtype.is_floating:
+    if x.type.dtype.is_floating and node.version < 28:
         node.inconsistent("floating inputs need fmod=1")
     return compute(node, ops.Remainder, (x, y))
 
@@ -67,10 +67,17 @@ def equal(node: Node) -> Value:
 def compare(node: Node) -> Value:
     x, y = _pair(node)
     if x.type.dtype is DType.U64:
-        # Flipping the top bit maps unsigned order to signed order.
-        lowest = node.scalar(-(2**63), DType.I64)
-        x, y = (node.emit(ops.BitwiseXor(node.cast(v, DType.I64), lowest)) for v in (x, y))
+        x, y = signed_order(node, x), signed_order(node, y)
     return compute(node, _COMPARISONS[node.op], (x, y))
+
+
+def signed_order(node: Node, x: Value) -> Value:
+    """u64 as i64 in the same order: flipping the top bit maps one order to the other."""
+    return _flipped(node, node.cast(x, DType.I64))
+
+
+def _flipped(node: Node, x: Value) -> Value:
+    return node.emit(ops.BitwiseXor(x, node.scalar(-(2**63), DType.I64)))
 
 
 @onnx_op("And", "Or", "Xor", since=7)
@@ -113,6 +120,11 @@ def where(node: Node) -> Value:
 def extremum(node: Node) -> Value:
     make = ops.Maximum if node.op == "Max" else ops.Minimum
     first, *rest = node.all_inputs()
+    if first.type.dtype is DType.U64:
+        ordered = signed_order(node, first)
+        for value in rest:
+            ordered = node.emit(make(ordered, signed_order(node, value)))
+        return node.cast(_flipped(node, ordered), DType.U64)
     for value in rest:
         first = compute(node, make, (first, value))
     return first

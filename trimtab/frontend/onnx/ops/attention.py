@@ -19,9 +19,13 @@ def attention(node: Node) -> tuple[Value | None, ...]:
     q, k, v = node.input(0), node.input(1), node.input(2)
     mask, past_k, past_v = node.optional(3), node.optional(4), node.optional(5)
     causal = node.flag("is_causal")
+    # Softmax inside the whole op is at least as precise as any that may be asked for.
+    node.ignore("softmax_precision", "qk_matmul_output_mode")
+    if not flat_heads(node):
+        node.ignore("q_num_heads", "kv_num_heads")
     if causal and past_k is not None:
         node.use_definition("a causal mask with a cache")
-    flat = q.type.rank == 3
+    flat = flat_heads(node)
     if flat:
         heads, groups = node.int_attr("q_num_heads"), node.int_attr("kv_num_heads")
         q, k, v = split_heads(node, q, heads), split_heads(node, k, groups), split_heads(node, v, groups)
@@ -40,6 +44,11 @@ def attention(node: Node) -> tuple[Value | None, ...]:
     if flat:
         y = join_heads(node, y)
     return (y, k, v)[: max(len(node.outputs), 1)]
+
+
+def flat_heads(node: Node) -> bool:
+    """Whether the heads are folded into the last axis."""
+    return node.input(0).type.rank == 3
 
 
 def split_heads(node: Node, x: Value, heads: int) -> Value:

@@ -51,6 +51,7 @@ def conv_transpose(node: Node) -> Value:
     x, weight, bias = node.input(0), node.input(1), node.optional(2)
     window = read_window(node, x, _kernel(node, x, weight))
     spatial = len(window.kernel)
+    node.ignore("output_shape", "output_padding")
     extra = node.ints_attr("output_padding", (0,) * spatial)
     before, after = window.before, window.after
     wanted = node.ints_attr("output_shape", None)

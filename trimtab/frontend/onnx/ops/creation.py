@@ -117,6 +117,7 @@ def identity(node: Node) -> Value:
 def dropout(node: Node) -> tuple[Value, ...]:
     """Dropout does nothing in inference; its mask is all true."""
     x = node.input(0)
+    node.ignore("ratio", "seed")
     if node.optional(2) is not None and bool(node.tensor(2, "training_mode").item()):
         ratio = node.tensor(1, "ratio").item() if node.optional(1) is not None else 0.5
         if ratio:

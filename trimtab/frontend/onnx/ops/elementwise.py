@@ -85,11 +85,13 @@ def clip_by_attributes(node: Node) -> Value:
 
 @onnx_op("Cast", since=6)
 def cast(node: Node) -> Value:
+    node.ignore("saturate", "round_mode")  # they concern 8-bit floats only
     return _cast(node, node.int_attr("to"))
 
 
 @onnx_op("CastLike", since=15)
 def cast_like(node: Node) -> Value:
+    node.ignore("saturate", "round_mode")
     return node.cast(node.input(0), node.input(1).type.dtype)
 
 

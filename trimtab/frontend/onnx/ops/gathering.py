@@ -88,6 +88,7 @@ def top_k(node: Node) -> tuple[Value, ...]:
     """Equal elements come in the order of their positions, so this is a stable sort, cut to k."""
     x = node.input(0)
     (k,) = node.dims(1, "k")
+    node.ignore("sorted")
     axis = node.axis_in(node.int_attr("axis", -1), x.type.rank)
     if bounds(k)[0] < 0 or bounds(x.type.shape[axis] - k)[1] < 0:
         node.inconsistent("k lies between 0 and the size of the axis", k=k, size=x.type.shape[axis])

@@ -15,6 +15,7 @@ def layer_normalization(node: Node) -> tuple[Value, ...]:
     x = node.input(0)
     axis = node.axis_in(node.int_attr("axis", -1), x.type.rank)
     eps = node.float_attr("epsilon", 1e-5)
+    node.ignore("stash_type")
     tail = x.type.shape[axis:]
     weight, bias = (_of_shape(node, node.optional(i), tail) for i in (1, 2))
     y = node.emit(ops.LayerNorm(x, weight, bias, axes=len(tail), eps=eps))
@@ -34,6 +35,7 @@ def rms_normalization(node: Node) -> Value:
     x = node.input(0)
     axis = node.axis_in(node.int_attr("axis", -1), x.type.rank)
     tail = x.type.shape[axis:]
+    node.ignore("stash_type")
     weight = _of_shape(node, node.input(1), tail)
     return node.emit(ops.RmsNorm(x, weight, axes=len(tail), eps=node.float_attr("epsilon", 1e-5)))
 
@@ -55,6 +57,7 @@ def batch_normalization(node: Node) -> Value:
     if node.flag("training_mode") or any(node.outputs[1:]):
         node.refuse("training mode", "export the model in evaluation mode")
     x = node.input(0)
+    node.ignore("momentum")
     weight, bias, mean, variance = (_as(node, node.input(i), x) for i in (1, 2, 3, 4))
     return node.emit(ops.BatchNorm(x, mean, variance, weight, bias, eps=node.float_attr("epsilon", 1e-5)))
 
@@ -77,6 +80,7 @@ def instance_normalization(node: Node) -> Value:
 def group_normalization(node: Node) -> Value:
     x = node.input(0)
     eps = node.float_attr("epsilon", 1e-5)
+    node.ignore("stash_type")
     return node.emit(ops.GroupNorm(x, node.input(1), node.input(2), groups=node.int_attr("num_groups"), eps=eps))
 
 

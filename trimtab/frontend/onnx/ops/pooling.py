@@ -23,6 +23,7 @@ def max_pool(node: Node) -> Value:
     if any(node.outputs[1:]):
         node.refuse("the Indices output", "export the model without it", rule="the IR's max pool returns values only")
     window = read_window(node, x, node.ints_attr("kernel_shape"))
+    node.ignore("storage_order")
     dtype = x.type.dtype
     if not dtype.is_floating:
         x = node.cast(x, DType.F32 if dtype.bits <= 16 else DType.F64)

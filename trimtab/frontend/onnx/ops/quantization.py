@@ -17,6 +17,7 @@ _RANGES = {DType.I8: (-128, 127), DType.U8: (0, 255), DType.I16: (-32768, 32767)
 def quantize_linear(node: Node) -> Value:
     """``saturate(round(x / scale) + zero_point)``, halves to even."""
     x, zero = node.input(0), node.optional(2)
+    node.ignore("saturate", "axis", "precision")
     code = node.int_attr("output_dtype", 0)
     dtype = zero.type.dtype if zero is not None else dtype_of(code) if code else DType.U8
     if dtype not in _RANGES:
@@ -42,6 +43,7 @@ def dequantize_linear(node: Node) -> Value:
     x, scale, zero = node.input(0), node.input(1), node.optional(2)
     if x.type.dtype not in (*_RANGES, DType.I32):
         node.refuse("the quantized type", "use int8, uint8, int16, uint16 or int32", type=x.type.dtype)
+    node.ignore("axis")
     wide = node.cast(x, DType.I32)
     if zero is not None:
         wide = node.emit(ops.Sub(wide, _spread(node, node.cast(zero, DType.I32), x)))

@@ -112,6 +112,7 @@ _KINDS: dict[str, Reduce] = {
 def reduce(node: Node) -> Value:
     x = node.input(0)
     axes = _axes(node, x)
+    node.ignore("noop_with_empty_axes")
     dtype = x.type.dtype
     if dtype is DType.U64 and node.op in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceL2", "ReduceLogSum"):
         node.refuse("unsigned 64-bit integers", "use int64")

@@ -25,12 +25,13 @@ LARGEST_AXIS = 1 << 14
 
 @dataclass(frozen=True)
 class _Axis:
-    """One resized axis: sizes, scale (output over input) and the region of interest."""
+    """One resized axis: sizes, scale (output over input), output length before rounding, and region of interest."""
 
     dim: int
     size: int
     target: int
     scale: float
+    length: float
     start: float = 0.0
     end: float = 1.0
 
@@ -43,6 +44,8 @@ def resize(node: Node) -> Value:
     mode = node.string_attr("mode", "nearest")
     transform = node.string_attr("coordinate_transformation_mode", "half_pixel")
     sizes, scales = _targets(node, x, chosen)
+    node.ignore("nearest_mode", "cubic_coeff_a", "exclude_outside", "extrapolation_value", "antialias",
+                "keep_aspect_ratio_policy")  # fmt: skip
     if all(size == target for size, target in zip(x.type.shape, sizes, strict=True)) and transform != "tf_crop_and_resize":
         return x
     whole = _as_resize2d(node, x, sizes, scales, mode, transform)
@@ -62,7 +65,8 @@ def resize(node: Node) -> Value:
         if max(size, target) > LARGEST_AXIS:
             node.refuse("resizing a very long axis in this mode", mode=mode, size=size, target=target)
         scale = scales[dim] or target / size
-        x = _along(node, x, _Axis(dim, size, target, scale, *region[dim]), mode, transform)
+        length = scale * size if scales[dim] else float(target)
+        x = _along(node, x, _Axis(dim, size, target, scale, length, *region[dim]), mode, transform)
     if dtype.is_floating or mode == "nearest":
         return x
     return node.cast(node.emit(ops.Round(x)), dtype)
@@ -72,6 +76,7 @@ def resize(node: Node) -> Value:
 def upsample(node: Node) -> Value:
     x = node.input(0)
     scales = [float(s) for s in node.tensor(1, "scales").reshape(-1).tolist()]
+    node.ignore("nearest_mode")
     if len(scales) != x.type.rank or node.string_attr("mode", "nearest") != "nearest":
         node.refuse("modes other than nearest", "convert the model to opset 13 or newer")
     for dim, scale in enumerate(scales):
@@ -79,7 +84,7 @@ def upsample(node: Node) -> Value:
         if scale != 1.0:
             if not isinstance(size, int):
                 node.refuse("a dynamic axis", "fix its size with from_onnx(..., dims={...})")
-            axis = _Axis(dim, size, math.floor(size * scale), scale)
+            axis = _Axis(dim, size, math.floor(size * scale), scale, size * scale)
             x = _along(node, x, axis, "nearest", "asymmetric", rounding="floor")
     return x
 
@@ -171,8 +176,10 @@ def _as_resize2d(
         not scale or (isinstance(size, int) and isinstance(target, int) and scale * size == target)
         for scale, size, target in zip(scales[2:], x.type.shape[2:], sizes[2:], strict=True)
     )
-    scale = (0.0, 0.0) if exact or corners else (scales[2], scales[3])
-    if not exact and not corners and 0.0 in scale:
+    if corners and not exact:
+        return None  # ONNX aligns the corners of the output before its size is rounded down
+    scale = (0.0, 0.0) if exact else (scales[2], scales[3])
+    if not exact and 0.0 in scale:
         return None
     return node.emit(
         ops.Resize2d(x, size=(sizes[2], sizes[3]), mode=kinds[mode], align_corners=corners, scale=scale)  # type: ignore[arg-type]
@@ -204,23 +211,22 @@ def _along(node: Node, x: Value, axis: _Axis, mode: str, transform: str, roundin
 
 def _source(node: Node, axis: _Axis, index: int, transform: str) -> float:
     """The place in the input that output element ``index`` reads."""
-    length = axis.scale * axis.size
     if transform == "half_pixel":
         return (index + 0.5) / axis.scale - 0.5
     if transform == "pytorch_half_pixel":
-        return 0.0 if length <= 1 else (index + 0.5) / axis.scale - 0.5
+        return 0.0 if axis.length <= 1 else (index + 0.5) / axis.scale - 0.5
     if transform == "asymmetric":
         return index / axis.scale
     if transform == "align_corners":
-        return 0.0 if axis.target == 1 else index * (axis.size - 1) / (length - 1)
+        return 0.0 if axis.length == 1 else index * (axis.size - 1) / (axis.length - 1)
     if transform == "half_pixel_symmetric":
-        adjustment = axis.target / length
+        adjustment = axis.target / axis.length
         return axis.size / 2 * (1 - adjustment) + (index + 0.5) / axis.scale - 0.5
     if transform == "tf_crop_and_resize":
         first = axis.start * (axis.size - 1)
-        if axis.target == 1:
+        if axis.length == 1:
             return 0.5 * (axis.start + axis.end) * (axis.size - 1)
-        return first + index * (axis.end - axis.start) * (axis.size - 1) / (length - 1)
+        return first + index * (axis.end - axis.start) * (axis.size - 1) / (axis.length - 1)
     node.inconsistent("unknown coordinate_transformation_mode", mode=transform)
 
 
@@ -247,7 +253,7 @@ def _weights(node: Node, axis: _Axis, place: float, mode: str) -> list[float]:
     else:
         node.inconsistent("unknown mode", mode=mode)
     row = [0.0] * axis.size
-    exclude = node.flag("exclude_outside") or narrow < 1.0 or node.flag("antialias")
+    exclude = node.flag("exclude_outside")
     total = 0.0
     for tap in range(math.ceil(place - reach / narrow), math.floor(place + reach / narrow) + 1):
         weight = kernel(abs(place - tap) * narrow)

@@ -46,6 +46,7 @@ def read_window(node: Node, x: Value, kernel: Sequence[int]) -> Window:
     if max(*kernel, *stride, *dilation, *map(abs, pads)) > 1 << 20:
         node.inconsistent("absurdly large numbers", kernel=kernel, strides=stride, dilations=dilation, pads=pads)
     before, after = tuple(pads[:spatial]), tuple(pads[spatial:])
+    node.ignore("kernel_shape", "pads")
     mode = node.string_attr("auto_pad", "NOTSET")
     if mode == "VALID":
         before = after = (0,) * spatial
