@@ -17,6 +17,7 @@ from trimtab.ir.core import Module
 from trimtab.ir.interpreter import interpret
 from trimtab.passes.base import Context
 from trimtab.passes.contracts import Contract, Drift, Exact, Lossy, measure
+from trimtab.passes.determinism import is_deterministic
 from trimtab.passes.observers import Observer, Step, counted
 from trimtab.passes.report import OptimizeReport
 from trimtab.passes.samples import Sample, count_macs, generate_samples, sizes_of
@@ -56,6 +57,10 @@ class ContractCheck(Observer):
         self._pending, self._evaluated, self._samples = [], _Evaluations(), []
         if self._mode == "never":
             report.notes.append("contracts were not checked: check=never")
+            return
+        random = next((op.name for op in module.walk() if not is_deterministic(op)), None)
+        if random is not None:
+            report.notes.append(f"contracts were not checked: {random} draws random numbers")
             return
         if ctx.calibration:
             self._samples = [

@@ -34,7 +34,7 @@ def _raise_product(op: Op, build: Builder) -> Value | None:
     if not isinstance(op, Matmul) or op.x.type.rank < 2 or op.y.type.rank != 2:
         return None
     transposed = op.y.producer
-    if isinstance(transposed, Permute) and transposed.x.is_weight:
+    if isinstance(transposed, Permute) and transposed.dims == (1, 0) and transposed.x.is_weight:
         return build(Linear(op.x, transposed.x))
     if op.y.is_weight and len(op.y.uses) == 1:
         # Constant folding transposes the weight; of a shared weight that would make a second copy.

@@ -214,13 +214,16 @@ class Pad(Op):
                 x = x.index_select(dim, index)
         return x
 
-    def verify(self) -> None:
+    def infer(self) -> tuple[TensorType, ...]:
+        # torch's own inference takes a symbolic size for the number it was tried with.
         if not len(self.before) == len(self.after) == self.x.type.rank:
             raise VerificationError(
                 "pad needs two widths per axis",
                 values={"x": self.x.type, "before": self.before, "after": self.after},
                 location=self.location,
             )
+        widths = zip(self.before, self.x.type.shape, self.after, strict=True)
+        return (self.x.type.with_shape(*(low + size + high for low, size, high in widths)),)
 
 
 class Tile(Op):
