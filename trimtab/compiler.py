@@ -46,6 +46,7 @@ BACKENDS = {"tvm": "trimtab.backends.tvm.backend"}
 DEFAULT_PIPELINE = "cleanup,fuse"
 # Outputs may differ from the float32 reference by this much: another order of summation, other polynomials.
 TOLERANCE = Tolerance(rtol=1e-4, atol=1e-6)
+_LIBRARY_ENTRY = "code/model.so"
 # More sample sizes are tried only while one evaluation costs less than this, about a minute on a small machine.
 _SAMPLE_MACS = 1e12
 
@@ -149,7 +150,7 @@ class Artifact:
             variants=(
                 CodeVariant(
                     target=code.triple,
-                    library="code/model.so",
+                    library=_LIBRARY_ENTRY,
                     backend=code.backend,
                     entry=code.entry,
                     features=code.features,
@@ -212,9 +213,10 @@ class Artifact:
 
     def _write(self, path: Path) -> None:
         weights = {w.name: TensorSource(w.dtype, w.shape, w.blocks) for w in self.code.weights}
-        with ArtifactWriter(path) as writer:
+        expected = len(self.code.library) + self.code.memory.get("weight_bytes", 0)
+        with ArtifactWriter(path, expected_bytes=expected) as writer:
             writer.add_bytes(MODULE_ENTRY, str(self.module).encode())
-            writer.add_bytes("code/model.so", self.code.library)
+            writer.add_bytes(_LIBRARY_ENTRY, self.code.library)
             for library in self._runtime_libraries:
                 writer.add_file(f"code/{library.name}", library)
             writer.add_bytes(CHECK_ENTRY, encode_samples(self.samples))
