@@ -112,8 +112,8 @@ def compile(
     with stages("generate code", 0.25):
         code = generator.build(module, target or "", threads)
     with stages("compute expected outputs", 0.9):
-        samples = _samples(module)
-    return Artifact(module, code, tuple(samples), pipeline or "", report, name, include_runtime, stages.seconds)
+        samples = tuple(_samples(module))
+    return Artifact(module, code, samples, pipeline or "", report, name, include_runtime, stages.seconds)
 
 
 @dataclass(frozen=True)
