@@ -37,7 +37,7 @@ class Attention(Op):
             else:
                 mask = mask & triangle
             causal = False
-        grouped = q.dim() >= 3 and q.shape[-3] != k.shape[-3]
+        grouped = q.dim() >= 3 and bool(q.shape[-3] != k.shape[-3])
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
