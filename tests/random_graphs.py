@@ -129,6 +129,8 @@ class _Generator:
             pool = [v for v in self._values if v.type.dtype in (DType.I64, DType.I32)] or pool
         if "condition" in field.name:
             pool = [v for v in self._values if v.type.dtype is DType.BOOL] or pool
+        if field.name in ("y", "weight", "bias") and rng.random() < 0.3:
+            pool = [v for v in self._values if v.is_weight]
         # The newest values come first to mind, so that graphs grow deep.
         recent = pool[-5:] if rng.random() < 0.6 else pool
         if field.kind != "many":

@@ -29,9 +29,9 @@ _CONSTANTS: Mapping[str, Any] = {
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean `x`?`` for the nearest known word, else "" """
+    """``did you mean `x``` for the nearest known word, else "" """
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean `{near[0]}`?" if near else ""
+    return f"did you mean `{near[0]}`" if near else ""
 
 
 def read_value(text: str) -> Any:
@@ -114,7 +114,7 @@ def build_pass(cls: type[P], options: Mapping[str, Any]) -> P:
             ) from error
     missing = [name for name, field in fields.items() if name not in checked and _default(field) is dataclasses.MISSING]
     if missing:
-        raise UsageError(f"the pass {cls.name} needs the option {missing[0]}", fix=f"{cls.name}{{{missing[0]}=...}}")
+        raise UsageError(f"the pass {cls.name} needs the option {missing[0]}", fix=f"write {cls.name}{{{missing[0]}=...}}")
     try:
         return cls(**checked)
     except TrimtabError:
