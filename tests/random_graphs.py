@@ -26,7 +26,16 @@ from trimtab.ir.interpreter import evaluate_op
 from trimtab.ir.op import OperandField
 
 BATCH = symbol("batch", 1, 8)
-SHAPES: tuple[tuple[Dim, ...], ...] = ((BATCH, 4, 6), (4, 6), (6,), (BATCH, 1, 6), (1, 4, 6), (2, 3, 4), (BATCH, 4, 1), ())
+SHAPES: tuple[tuple[Dim, ...], ...] = (
+    (BATCH, 4, 6),
+    (4, 6),
+    (6,),
+    (BATCH, 1, 6),
+    (1, 4, 6),
+    (2, 3, 4),
+    (BATCH, 4, 1),
+    (),
+)
 DTYPES = (DType.F32,) * 6 + (DType.F64, DType.F16, DType.BF16, DType.I64, DType.I64, DType.I32, DType.BOOL, DType.BOOL)
 
 _BASIC = (

@@ -114,7 +114,9 @@ def build_pass(cls: type[P], options: Mapping[str, Any]) -> P:
             ) from error
     missing = [name for name, field in fields.items() if name not in checked and _default(field) is dataclasses.MISSING]
     if missing:
-        raise UsageError(f"the pass {cls.name} needs the option {missing[0]}", fix=f"write {cls.name}{{{missing[0]}=...}}")
+        raise UsageError(
+            f"the pass {cls.name} needs the option {missing[0]}", fix=f"write {cls.name}{{{missing[0]}=...}}"
+        )
     try:
         return cls(**checked)
     except TrimtabError:

@@ -139,12 +139,15 @@ def _draw(type: TensorType, sizes: Mapping[str, int], limit: int, generator: tor
 
 
 def _sprinkle(data: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """``data`` with about a quarter of its floating elements replaced by zeros, infinities, NaN and extreme numbers."""
+    """``data`` with a quarter of its floating elements, and at least one for each special value where there is room,
+    replaced by zeros, infinities, NaN and extreme numbers."""
     import torch
 
     if not data.dtype.is_floating_point or not data.numel():
         return data
-    choice = torch.randint(0, 4 * len(_SPECIAL_VALUES), data.shape, generator=generator)
-    special = torch.tensor(_SPECIAL_VALUES, dtype=torch.float64)
-    picked = special[choice % len(_SPECIAL_VALUES)].to(data.dtype)
-    return torch.where(choice < len(_SPECIAL_VALUES), picked, data)
+    count = max(data.numel() // 4, min(data.numel(), len(_SPECIAL_VALUES)))
+    places = torch.randperm(data.numel(), generator=generator)[:count]
+    values = torch.tensor(_SPECIAL_VALUES, dtype=torch.float64).to(data.dtype)
+    flat = data.reshape(-1).clone()
+    flat[places] = values[torch.arange(count) % len(values)]
+    return flat.reshape(data.shape)
