@@ -277,7 +277,8 @@ def _mask_with_dead_rows(shape: tuple[int, ...], generator: torch.Generator) -> 
 
 def _float_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     mask = torch.randn(shape, generator=generator)
-    return mask.masked_fill(torch.rand(shape, generator=generator) < 0.3, -math.inf).index_fill(-1, torch.tensor(0), 0.0)
+    dead = torch.rand(shape, generator=generator) < 0.3
+    return mask.masked_fill(dead, -math.inf).index_fill(-1, torch.tensor(0), 0.0)
 
 
 def _float_mask_with_dead_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

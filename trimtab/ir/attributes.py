@@ -1,6 +1,6 @@
 """Attributes of ops: which Python values they may hold, their check against the declared type, and their text.
 
-An attribute is an int, float, bool, string, dtype, dimension, location-free tuple of these, or None.  The text form
+An attribute is an int, float, bool, string, dtype, dimension, tuple of these, or None.  The text form
 tells them apart without a schema: ``true``, ``none``, ``f32`` and ``inf`` are reserved words, a float always has a
 point or exponent, and any other bare word is a dimension symbol.
 """
@@ -19,8 +19,6 @@ from trimtab.ir.dtypes import DType
 
 Scalar: TypeAlias = int | float | bool
 Attribute: TypeAlias = Any
-
-RESERVED_WORDS = frozenset({"true", "false", "none", "inf", "nan", *map(str, DType)})
 
 
 def check_attribute(op: str, name: str, declared: Any, value: Any) -> Attribute:

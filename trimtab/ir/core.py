@@ -27,7 +27,7 @@ class Use(NamedTuple):
     """One place that reads a value: operand ``index`` of an op, or output ``index`` of a graph."""
 
     user: Op | Graph
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
 
 
 class Value:

@@ -8,22 +8,49 @@ without a solver.  Arithmetic that becomes constant returns a plain ``int``.
 from __future__ import annotations
 
 import ast
+import keyword
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, TypeAlias
 
-from trimtab.errors import ParseError
+from trimtab.errors import ParseError, TrimtabError, UsageError
+from trimtab.ir.dtypes import DType
+
+RESERVED_WORDS = frozenset({"true", "false", "none", "inf", "nan", "min", "max", *map(str, DType)})
+"""Words with a meaning of their own in the text form, which no symbol may have as its name."""
+
+# Real shapes have a few terms; without bounds a hostile text would make polynomials that fill the memory.
+_MAX_TERMS = 256
+_MAX_TEXT = 1000
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """A named dimension with an inclusive range; ``max=None`` means unbounded."""
+    """A named dimension with an inclusive range; ``max=None`` means unbounded.
+
+    Raises:
+        UsageError: the name is no identifier or is reserved, or the range is empty or negative.
+    """
 
     name: str
     min: int = 1
     max: int | None = None
+
+    def __post_init__(self) -> None:
+        problem = ""
+        if not self.name.isidentifier() or keyword.iskeyword(self.name) or self.name in RESERVED_WORDS:
+            known = ", ".join(sorted(RESERVED_WORDS))
+            problem = f"a name is an identifier, and not a keyword of Python or one of {known}"
+        elif self.min < 0 or (self.max is not None and self.max < self.min):
+            problem = "a range is `min..max` or `min..`, with 0 <= min <= max"
+        if problem:
+            raise UsageError(
+                "a dimension cannot have this name or range",
+                values={"name": repr(self.name), "range": self.range_text},
+                rule=problem,
+            )
 
     def __str__(self) -> str:
         return self.name
@@ -74,9 +101,9 @@ class DimExpr:
         text = ""
         for monomial, coefficient in self.terms:
             sign = "-" if coefficient < 0 else "+"
-            factors = [
-                _factor_text(atom, len(monomial) > 1 or abs(coefficient) != 1) for atom, n in monomial for _ in range(n)
-            ]
+            # `-1//a` would read as `(-1)//a`, so a leading minus makes a product of a division too.
+            in_product = sum(n for _, n in monomial) > 1 or abs(coefficient) != 1 or (coefficient < 0 and not text)
+            factors = [_factor_text(atom, in_product) for atom, n in monomial for _ in range(n)]
             if abs(coefficient) != 1 or not factors:
                 factors.insert(0, str(abs(coefficient)))
             text += (f" {sign} " if text else "-" if coefficient < 0 else "") + "*".join(factors)
@@ -147,44 +174,66 @@ def symbols_of(dim: Dim) -> frozenset[Symbol]:
 
 
 def floordiv(left: Dim, right: Dim) -> Dim:
-    """``left // right``, rounding towards minus infinity."""
+    """``left // right``, rounding towards minus infinity. Raises :class:`UsageError` when ``right`` is 0."""
+    _refuse_zero(left, right)
+    if isinstance(right, int) and right < 0:
+        left, right = -left, -right
     if right == 1:
         return left
-    if isinstance(left, int) and isinstance(right, int):
-        return left // right
     whole, rest = _divide(left, right)
-    if rest == 0 or (isinstance(rest, int) and isinstance(right, int) and 0 <= rest < right):
+    if rest == 0:
         return whole
+    if isinstance(right, int):
+        if isinstance(rest, int):
+            return whole + rest // right
+        # floor((g*r + c) / (g*m)) == floor((r + floor(c / g)) / m)
+        common = math.gcd(right, *(coefficient for monomial, coefficient in rest.terms if monomial))
+        if common > 1:
+            return whole + floordiv(_from_terms((m, c // common) for m, c in rest.terms), right // common)
+        inner = _sole_floordiv(rest)
+        if inner is not None:
+            # floor((floor(e / a) + c) / b) == floor((e + a*c) / (a*b))
+            numerator, divisor, constant = inner
+            return whole + floordiv(numerator + constant * divisor, divisor * right)
     return whole + _atom(Call("floordiv", (rest, right)))
 
 
 def mod(left: Dim, right: Dim) -> Dim:
-    """``left % right`` with the sign of ``right``."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left % right
+    """``left % right`` with the sign of ``right``. Raises :class:`UsageError` when ``right`` is 0."""
+    _refuse_zero(left, right)
     _, rest = _divide(left, right)
+    if rest == 0 or right in (1, -1):
+        return 0
     if isinstance(rest, int) and isinstance(right, int):
         return rest % right
     return _atom(Call("mod", (rest, right)))
 
 
 def dim_min(*args: Dim) -> Dim:
+    """The smallest of ``args``; those that are never smaller than another are left out."""
     return _extremum("min", args)
 
 
 def dim_max(*args: Dim) -> Dim:
+    """The largest of ``args``; those that are never larger than another are left out."""
     return _extremum("max", args)
 
 
 def product(dims: Iterable[Dim]) -> Dim:
     """The product of ``dims``; 1 when empty."""
-    return reduce(lambda left, right: left * right, dims, 1)
+    total: Dim = 1
+    for dim in dims:
+        total = total * dim
+    return total
 
 
 def evaluate(dim: Dim, bindings: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """The value of ``dim`` with symbols replaced by ``bindings`` (ints, other dims, or torch SymInts).
 
     ``functions`` overrides ``min`` and ``max`` for number types that need their own.
+
+    Raises:
+        UsageError: a symbol has no value, or the values make a divisor 0.
     """
     if isinstance(dim, int):
         return dim
@@ -192,32 +241,32 @@ def evaluate(dim: Dim, bindings: Mapping[str, Any], functions: Mapping[str, Call
     for monomial, coefficient in dim.terms:
         term: Any = coefficient
         for atom, power in monomial:
-            value = bindings[atom.name] if isinstance(atom, Symbol) else _call(atom, bindings, functions)
+            value = _lookup(atom, bindings) if isinstance(atom, Symbol) else _call(atom, bindings, functions)
             for _ in range(power):
                 term = term * value
         total = total + term
     return total
 
 
+@lru_cache(maxsize=1 << 16)
 def bounds(dim: Dim) -> tuple[int, float]:
-    """Smallest and largest value (``inf`` when unbounded) over the symbols' ranges, by interval arithmetic."""
+    """Numbers that ``dim`` never falls below nor exceeds (``inf`` when unbounded) over the symbols' ranges.
+
+    Both are sound but need not be reached.  Interval arithmetic is tightened by measuring symbols from the ends of
+    their ranges, so that ``batch*seq - batch >= 0`` is seen, and by ``e//k <= e/k``, so that ``n - n//2 >= 0`` is.
+    """
     if isinstance(dim, int):
         return dim, dim
-    low, high = 0.0, 0.0
-    for monomial, coefficient in dim.terms:
-        a, b = 1.0, 1.0
-        for atom, power in monomial:
-            x, y = _atom_bounds(atom)
-            for _ in range(power):
-                corners = [_times(a, x), _times(a, y), _times(b, x), _times(b, y)]
-                a, b = min(corners), max(corners)
-        first, second = _times(a, coefficient), _times(b, coefficient)
-        low, high = low + min(first, second), high + max(first, second)
+    low, high = _lower(dim, _SUBSTITUTIONS), -_lower(-dim, _SUBSTITUTIONS)
     return (int(low) if math.isfinite(low) else -(2**62)), high
 
 
 def parse_dim(text: str, symbols: Mapping[str, Symbol]) -> Dim:
-    """Read a dimension expression; ``symbols`` gives the ranges of the names in it."""
+    """Read a dimension expression; ``symbols`` gives the ranges of the names in it.
+
+    Raises:
+        ParseError: not a dimension, an unknown symbol, a division by zero, or an absurdly long expression.
+    """
 
     def build(node: ast.expr) -> Dim:
         match node:
@@ -236,9 +285,9 @@ def parse_dim(text: str, symbols: Mapping[str, Symbol]) -> Dim:
                 return _OPERATORS[type(operator)](build(left), build(right))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return build(operand) * -1
-            case ast.Call(func=ast.Name(id="min"), args=args):
+            case ast.Call(func=ast.Name(id="min"), args=[_, *_] as args, keywords=[]):
                 return dim_min(*map(build, args))
-            case ast.Call(func=ast.Name(id="max"), args=args):
+            case ast.Call(func=ast.Name(id="max"), args=[_, *_] as args, keywords=[]):
                 return dim_max(*map(build, args))
         raise ParseError(
             "cannot read a dimension",
@@ -246,11 +295,16 @@ def parse_dim(text: str, symbols: Mapping[str, Symbol]) -> Dim:
             rule="a dimension uses integers, symbols, + - * // % min() and max()",
         )
 
+    if len(text) > _MAX_TEXT:
+        raise ParseError("a dimension is too long", values={"characters": len(text), "limit": _MAX_TEXT})
     try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError) as error:
+        return build(ast.parse(text.strip(), mode="eval").body)
+    except ParseError:
+        raise
+    except TrimtabError as error:
+        raise ParseError(error.what, values={**error.values, "dimension": repr(text)}, rule=error.rule) from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ParseError("cannot read a dimension", values={"dimension": repr(text)}, rule=str(error)) from error
-    return build(tree.body)
 
 
 _OPERATORS: dict[type[ast.operator], Callable[[Dim, Dim], Dim]] = {
@@ -280,6 +334,8 @@ def _from_terms(terms: Iterable[tuple[Monomial, int]]) -> Dim:
     collected: dict[Monomial, int] = {}
     for monomial, coefficient in terms:
         collected[monomial] = collected.get(monomial, 0) + coefficient
+    if len(collected) > _MAX_TERMS:
+        raise UsageError("a dimension is too complex", values={"terms": len(collected), "limit": _MAX_TERMS})
     kept = sorted(((m, c) for m, c in collected.items() if c), key=lambda term: _order(term[0]))
     if not kept:
         return 0
@@ -308,13 +364,11 @@ def _divide(left: Dim, right: Dim) -> tuple[Dim, Dim]:
     for monomial, coefficient in _terms(left):
         powers = dict(monomial)
         divisible = all(powers.get(atom, 0) >= power for atom, power in divisor)
-        if divisible and not divisor:
-            # An integer divisor may also take the multiple out of a constant or a coefficient it does not divide.
-            quotient, remainder = (
-                divmod(coefficient, scale) if not monomial or coefficient % scale == 0 else (0, coefficient)
-            )
+        if not divisor:
+            # An integer takes its multiple out of every coefficient; only constants leave a non-negative remainder.
+            quotient = coefficient // scale if not monomial or coefficient * scale >= 0 else -(-coefficient // scale)
             whole.append((monomial, quotient))
-            rest.append((monomial, remainder))
+            rest.append((monomial, coefficient - quotient * scale))
         elif divisible and coefficient % scale == 0:
             for atom, power in divisor:
                 powers[atom] -= power
@@ -325,40 +379,145 @@ def _divide(left: Dim, right: Dim) -> tuple[Dim, Dim]:
     return _from_terms(whole), _from_terms(rest)
 
 
-def _extremum(name: str, args: tuple[Dim, ...]) -> Dim:
-    pick = min if name == "min" else max
-    constants = [arg for arg in args if isinstance(arg, int)]
-    others = sorted({arg for arg in args if not isinstance(arg, int)}, key=str)
-    if constants:
-        best = pick(constants)
-        lows_highs = [bounds(arg) for arg in others]
-        if name == "max":
-            others = [arg for arg, (_, high) in zip(others, lows_highs, strict=True) if high > best]
-            decided = any(low >= best for low, _ in lows_highs)
-        else:
-            others = [arg for arg, (low, _) in zip(others, lows_highs, strict=True) if low < best]
-            decided = any(high <= best for _, high in lows_highs)
-        if not decided:
-            others = [best, *others]
-    if len(others) == 1:
-        return others[0]
-    return _atom(Call(name, tuple(others)))
+def _refuse_zero(left: Dim, right: Dim) -> None:
+    if isinstance(right, int) and right == 0:
+        raise UsageError("a dimension divides by zero", values={"dividend": left})
+
+
+def _sole_floordiv(dim: DimExpr) -> tuple[Dim, int, int] | None:
+    """``(e, a, c)`` when ``dim`` is ``e//a + c`` with a positive integer a."""
+    constant = sum(coefficient for monomial, coefficient in dim.terms if not monomial)
+    rest = [(monomial, coefficient) for monomial, coefficient in dim.terms if monomial]
+    if len(rest) == 1 and rest[0][1] == 1 and len(rest[0][0]) == 1:
+        atom, power = rest[0][0][0]
+        if power == 1 and isinstance(atom, Call) and atom.function == "floordiv":
+            numerator, divisor = atom.args
+            if isinstance(divisor, int) and divisor > 0:
+                return numerator, divisor, constant
+    return None
+
+
+def _extremum(name: str, args: Iterable[Dim]) -> Dim:
+    """``min`` or ``max`` of ``args``, nested ones flattened and those that never win left out."""
+    candidates = sorted({leaf for arg in args for leaf in _leaves(name, arg)}, key=_extremum_order)
+    if len(candidates) > _MAX_ARGUMENTS:
+        raise UsageError("a dimension is too complex", values={"arguments": len(candidates), "limit": _MAX_ARGUMENTS})
+    sign = 1 if name == "max" else -1
+    kept = list(candidates)
+    for arg in candidates:
+        if any(other != arg and bounds(sign * (other - arg))[0] >= 0 for other in kept):
+            kept.remove(arg)
+    return kept[0] if len(kept) == 1 else _atom(Call(name, tuple(kept)))
+
+
+def _leaves(name: str, dim: Dim) -> tuple[Dim, ...]:
+    if isinstance(dim, DimExpr) and len(dim.terms) == 1:
+        ((monomial, coefficient),) = dim.terms
+        if coefficient == 1 and len(monomial) == 1 and monomial[0][1] == 1:
+            atom = monomial[0][0]
+            if isinstance(atom, Call) and atom.function == name:
+                return atom.args
+    return (dim,)
+
+
+def _extremum_order(dim: Dim) -> tuple[bool, str]:
+    return (not isinstance(dim, int), str(dim))
+
+
+def _raw_extremum(name: str, *args: Dim) -> Dim:
+    """Like :func:`_extremum` but without comparing arguments, for use while bounds are being computed."""
+    numbers = [arg for arg in args if isinstance(arg, int)]
+    if len(numbers) == len(args):
+        return min(numbers) if name == "min" else max(numbers)
+    return _atom(Call(name, args))
+
+
+_RAW = {"min": partial(_raw_extremum, "min"), "max": partial(_raw_extremum, "max")}
+
+
+def _lookup(symbol: Symbol, bindings: Mapping[str, Any]) -> Any:
+    try:
+        return bindings[symbol.name]
+    except KeyError:
+        raise UsageError(
+            "a symbol has no value", values={"symbol": symbol, "known": sorted(bindings)}, fix="give it a value"
+        ) from None
 
 
 def _call(call: Call, bindings: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] | None) -> Any:
     args = [evaluate(arg, bindings, functions) for arg in call.args]
-    if call.function == "floordiv":
-        return args[0] // args[1]
-    if call.function == "mod":
-        return args[0] % args[1]
+    if call.function in ("floordiv", "mod"):
+        if isinstance(args[1], int):
+            _refuse_zero(args[0], args[1])
+        return args[0] // args[1] if call.function == "floordiv" else args[0] % args[1]
     default: dict[str, Callable[..., Any]] = {"min": dim_min, "max": dim_max}
     return reduce((functions or default)[call.function], args)
 
 
-def _atom_bounds(atom: Atom) -> tuple[float, float]:
+_SUBSTITUTIONS = 3
+_MAX_ARGUMENTS = 16
+
+
+def _lower(dim: Dim, substitutions: int) -> float:
+    """A number that ``dim`` never falls below; ``-inf`` when none is known."""
+    if isinstance(dim, int):
+        return dim
+    symbols = symbols_of(dim)
+    best = _interval(dim)[0]
+    from_min = {s.name: s.min + symbol(s.name, 0, None if s.max is None else s.max - s.min) for s in symbols}
+    from_max = {s.name: s.max - symbol(s.name, 0, s.max - s.min) for s in symbols if s.max is not None}
+    for shifted in (from_min, from_min | from_max):
+        best = max(best, _interval(evaluate(dim, shifted, _RAW))[0])
+    if substitutions:
+        for alternatives, divisor in _relaxations(dim):
+            low = min(_lower(alternative, substitutions - 1) for alternative in alternatives)
+            best = max(best, -(-low // divisor) if math.isfinite(low) else low)
+    return best
+
+
+def _relaxations(dim: DimExpr) -> Iterator[tuple[list[Dim], int]]:
+    """Pairs ``(es, k)`` with ``min(es) / k <= dim`` everywhere, in which a call has been replaced by its bounds."""
+    for monomial, coefficient in dim.terms:
+        if len(monomial) != 1 or monomial[0][1] != 1 or not isinstance(call := monomial[0][0], Call):
+            continue
+        rest = dim - _atom(call) * coefficient
+        if call.function in ("min", "max"):
+            replaced = [rest + arg * coefficient for arg in call.args]
+            if (call.function == "min") == (coefficient > 0):
+                yield replaced, 1  # one of them is the value
+            else:
+                yield from (([each], 1) for each in replaced)  # each of them is a bound
+        elif isinstance(divisor := call.args[1], int) and divisor > 0:
+            numerator = call.args[0]
+            if call.function == "floordiv":
+                slack = 0 if coefficient < 0 else divisor - 1
+                yield [rest * divisor + (numerator - slack) * coefficient], divisor
+            elif coefficient < 0 and bounds(numerator)[0] >= 0:
+                yield [rest + numerator * coefficient], 1
+
+
+def _interval(dim: Dim) -> tuple[float, float]:
+    """Bounds by interval arithmetic on the terms, as integers where finite."""
+    if isinstance(dim, int):
+        return dim, dim
+    low: float = 0
+    high: float = 0
+    for monomial, coefficient in dim.terms:
+        a: float = coefficient
+        b: float = coefficient
+        for atom, power in monomial:
+            x, y = _atom_interval(atom)
+            for _ in range(power):
+                corners = [_times(a, x), _times(a, y), _times(b, x), _times(b, y)]
+                a, b = min(corners), max(corners)
+        low, high = low + a, high + b
+    return low, high
+
+
+def _atom_interval(atom: Atom) -> tuple[float, float]:
     if isinstance(atom, Symbol):
         return atom.min, math.inf if atom.max is None else atom.max
-    ranges = [bounds(arg) for arg in atom.args]
+    ranges = [_interval(arg) for arg in atom.args]
     if atom.function == "min":
         return min(low for low, _ in ranges), min(high for _, high in ranges)
     if atom.function == "max":
@@ -367,14 +526,19 @@ def _atom_bounds(atom: Atom) -> tuple[float, float]:
     if small <= 0:
         return -math.inf, math.inf
     if atom.function == "mod":
-        return 0, large - 1
-    return min(low // small, low // large if math.isfinite(large) else (-1 if low < 0 else 0)), (
-        high // small if math.isfinite(high) else math.inf
-    )
+        return 0, min(large - 1, high if low >= 0 else math.inf)
+    return _quotient(low, small if low < 0 else large), _quotient(high, large if high < 0 else small)
+
+
+def _quotient(dividend: float, divisor: float) -> float:
+    """``dividend // divisor`` in the limit where either is infinite; ``divisor > 0``."""
+    if math.isinf(dividend):
+        return dividend
+    return dividend // divisor if math.isfinite(divisor) else (-1 if dividend < 0 else 0)
 
 
 def _times(left: float, right: float) -> float:
-    return 0.0 if left == 0 or right == 0 else left * right
+    return 0 if left == 0 or right == 0 else left * right
 
 
 def _needs_brackets(dim: Dim) -> bool:

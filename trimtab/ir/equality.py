@@ -35,10 +35,10 @@ def graphs_equal(left: Graph, right: Graph) -> bool:
     def match(a: Value, b: Value) -> bool:
         return a.weight == b.weight if a.is_weight else same.get(a) is b
 
-    for a, b in zip(left.ops, right.ops, strict=True):
-        if not _ops_equal(a, b) or not all(map(match, a.operands, b.operands)):
+    for op, other in zip(left.ops, right.ops, strict=True):
+        if not _ops_equal(op, other) or not all(map(match, op.operands, other.operands)):
             return False
-        same.update(zip(a.results, b.results, strict=True))
+        same.update(zip(op.results, other.results, strict=True))
     return all(map(match, left.outputs, right.outputs))
 
 

@@ -49,7 +49,7 @@ def infer_by_reference(op: Op) -> tuple[TensorType, ...]:
             found = VerificationError(
                 f"{op.name} does not accept its operands",
                 values={field.name: _group_text(group) for field, group in zip(op.operand_fields, groups, strict=True)}
-                | {name: value for name, value in op.attributes.items()},
+                | op.attributes,
                 rule=reason[0],
             )
         if len(_cache) >= _CACHE_LIMIT:

@@ -20,10 +20,11 @@ tests all use it.
 
 from __future__ import annotations
 
+import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar
 
 from trimtab.errors import InternalError, Location, UsageError
 from trimtab.ir.attributes import check_attribute
@@ -71,14 +72,20 @@ class AttributeField:
         raise InternalError(
             "attributes are fixed when an op is built",
             values={"op": op.name, "field": self.name},
-            fix="build a new op, e.g. with Op.with_attributes",
+            fix="build a new op, e.g. with Op.rebuilt",
         )
 
 
 _REQUIRED: Any = object()
 
 
-@dataclass_transform(eq_default=False, field_specifiers=())
+def _region_property(index: int) -> property:
+    def region(op: Op) -> Graph:
+        return op.regions[index]
+
+    return property(region)
+
+
 class Op:
     """Base of all ops. See the module's docstring for how to declare one.
 
@@ -100,7 +107,7 @@ class Op:
     region_fields: ClassVar[tuple[str, ...]] = ()
     _hints: ClassVar[dict[str, Any] | None] = None
 
-    # Set on every instance; undeclared as fields because they start with "_" or are listed in _RESERVED.
+    # Set on every instance. Only annotations of subclasses declare fields.
     operands: tuple[Value, ...]
     attributes: dict[str, Any]
     results: tuple[Value, ...]
@@ -115,7 +122,7 @@ class Op:
         operands: list[OperandField] = list(cls.operand_fields)
         attributes: dict[str, AttributeField] = dict(cls.attribute_fields)
         regions: list[str] = list(cls.region_fields)
-        for name, annotation in cls.__dict__.get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(cls).items():
             text = str(annotation)
             if name.startswith("_") or text.startswith(("ClassVar", "typing.ClassVar")):
                 continue
@@ -125,7 +132,7 @@ class Op:
                 setattr(cls, name, field)
             elif text == "Graph":
                 regions.append(name)
-                setattr(cls, name, property(lambda op, i=len(regions) - 1: op.regions[i]))
+                setattr(cls, name, _region_property(len(regions) - 1))
             else:
                 attributes[name] = AttributeField(name, cls.__dict__.get(name, _REQUIRED))
                 setattr(cls, name, attributes[name])
@@ -163,7 +170,7 @@ class Op:
     @staticmethod
     def reference(*operands: Any, **attributes: Any) -> Any:
         """What the op computes, as a pure torch function of its operands (None where optional and absent, a list
-        where variable in number) and its attributes, in which dimensions have become integers and dtypes torch dtypes."""
+        where variable in number) and its attributes, in which dimensions are integers and dtypes torch dtypes."""
         raise InternalError("an op class has no reference")
 
     def verify(self) -> None:

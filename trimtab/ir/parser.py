@@ -175,7 +175,7 @@ class _Parser:
         types: list[TensorType] = []
         self._list(lambda: types.append(self._type()))
         location = self._location()
-        regions = []
+        regions: list[Graph] = []
         while len(regions) < len(cls.region_fields):
             self._expect("graph")
             regions.append(self._graph(""))

@@ -138,7 +138,7 @@ class Weight:
             flat = pack_sub_byte(self.tensor(), self.type.dtype).reshape(-1)
         raw = flat.view(torch.uint8).numpy() if flat.numel() else flat.numpy()
         for start in range(0, raw.nbytes, _BLOCK_BYTES):
-            yield memoryview(raw[start : start + _BLOCK_BYTES])
+            yield raw[start : start + _BLOCK_BYTES].data
 
     @property
     def sha256(self) -> str:
@@ -152,7 +152,7 @@ class Weight:
 
 
 def pack_sub_byte(data: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """Pack an unpacked 4-bit tensor ``[..., n]`` (one element a byte) into ``uint8[..., ceil(n/2)]``, low nibble first."""
+    """Pack an unpacked 4-bit tensor ``[..., n]`` (one element a byte) into ``uint8[..., ceil(n/2)]``, even ones low."""
     import torch
 
     codes = (

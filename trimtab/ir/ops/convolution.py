@@ -50,7 +50,7 @@ class Conv1d(_Convolution):
 
 
 class Conv2d(_Convolution):
-    """Cross-correlation: x ``[B, C, H, W]``, weight ``[O, C/groups, kh, kw]``, bias ``[O]``; zero padding on both sides."""
+    """Cross-correlation: x ``[B, C, H, W]``, weight ``[O, C/groups, kh, kw]``, bias ``[O]``; zeros on both sides."""
 
     @staticmethod
     def reference(
