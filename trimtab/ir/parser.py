@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from trimtab.errors import Location, ParseError, TrimtabError
+from trimtab.errors import Location, ParseError, TrimtabError, UsageError
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.dims import Dim, Symbol, parse_dim
 from trimtab.ir.dtypes import DType
@@ -22,11 +22,13 @@ _WORD = re.compile(r"[A-Za-z_][\w.]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _INTEGER = re.compile(r"-?\d+")
 _NUMBER = re.compile(r"-?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)")
+_HASH = re.compile(r"[0-9a-f]{64}(?![0-9a-f])")
 _DTYPES = {dtype.value: dtype for dtype in DType}
 _CONSTANTS: Mapping[str, Any] = {
     "true": True, "false": False, "none": None, "inf": math.inf, "-inf": -math.inf, "nan": math.nan,
 }  # fmt: skip
 _MAX_DEPTH = 64
+_MAX_DIGITS = 40
 
 
 class _MissingData:
@@ -70,8 +72,12 @@ class _Parser:
     # -- grammar ------------------------------------------------------------------------------------------------
 
     def module(self) -> Module:
-        if not self._accept(FORMAT_LINE):
+        word, version = FORMAT_LINE.split()
+        if not self._accept_word(word):
             self._fail("not the text form of a module", f"the first line is `{FORMAT_LINE}`")
+        if (found := self._integer()) != int(version):
+            self._fail("the text has another version", values={"found": found, "known": version},
+                       fix="use the version of Trimtab that wrote it, or write it again")  # fmt: skip
         if self._accept_word("symbols"):
             self._list(self._symbol_declaration)
         while self._accept_word("weight"):
@@ -96,9 +102,12 @@ class _Parser:
         low = self._integer()
         self._expect("..")
         high = self._integer() if _INTEGER.match(self._text, self._at) else None
-        if name in _DTYPES or name in _CONSTANTS or name in ("min", "max"):
-            self._fail("a symbol has a reserved name", values={"symbol": name})
-        self._symbols[name] = Symbol(name, low, high)
+        if name in self._symbols:
+            self._fail("a symbol is declared twice", values={"symbol": name})
+        try:
+            self._symbols[name] = Symbol(name, low, high)
+        except UsageError as error:
+            self._fail(error.what, error.rule, values=error.values)
 
     def _weight_declaration(self) -> None:
         self._expect("@")
@@ -108,7 +117,7 @@ class _Parser:
         if not type.is_static:
             self._fail("a weight has a symbolic shape", values={"weight": id, "type": type})
         trainable = self._accept_word("trainable")
-        sha256 = self._match(re.compile(r"[0-9a-f]{64}"), "a hash") if self._accept("sha256=") else ""
+        sha256 = self._match(_HASH, "a hash") if self._accept("sha256=") else ""
         if id in self._weights:
             self._fail("a weight is declared twice", values={"weight": id})
         self._weights[id] = Weight(id, type, self._sources(id, type), trainable=trainable, sha256=sha256)
@@ -139,19 +148,19 @@ class _Parser:
 
     def _graph_input(self, graph: Graph, scope: dict[str, Value]) -> None:
         self._expect("%")
-        name = self._name()
+        name, hint = self._value_name()
         self._expect(":")
         if name in scope:
             self._fail("an input is declared twice", values={"input": name})
-        scope[name] = graph.add_input(self._type(), "" if name.isdigit() else name)
+        scope[name] = graph.add_input(self._type(), hint)
 
     def _op(self, graph: Graph, scope: dict[str, Value]) -> None:
         start = self._at
-        results: list[str] = []
+        results: list[tuple[str, str]] = []
 
         def result() -> None:
             self._expect("%")
-            results.append(self._name())
+            results.append(self._value_name())
 
         self._list(result)
         self._expect("=")
@@ -165,6 +174,8 @@ class _Parser:
         def attribute() -> None:
             name = self._word()
             self._expect("=")
+            if name in attributes:
+                self._fail("an attribute is given twice", values={"attribute": name})
             attributes[name] = self._attribute()
 
         if cls.region_fields and self._peek("graph"):
@@ -188,10 +199,10 @@ class _Parser:
             self._fail(error.what, error.rule, values=error.values)
         op.location = location
         graph.ops.append(op)
-        for name, value in zip(results, op.results, strict=True):
+        for (name, hint), value in zip(results, op.results, strict=True):
             if name in scope:
                 self._fail("a value is defined twice", values={"value": f"%{name}"})
-            value.name = "" if name.isdigit() else name
+            value.name = hint
             scope[name] = value
 
     def _operands(self, cls: type[Op], graph: Graph, scope: dict[str, Value]) -> dict[str, Any]:
@@ -243,11 +254,13 @@ class _Parser:
         except ParseError as error:
             self._fail(error.what, error.rule, values=error.values, fix=error.fix)
 
-    def _attribute(self) -> Any:
+    def _attribute(self, depth: int = 0) -> Any:
         self._skip()
+        if depth > _MAX_DEPTH:
+            self._fail("lists are nested too deeply", values={"limit": _MAX_DEPTH})
         if self._accept("["):
             items: list[Any] = []
-            self._list(lambda: items.append(self._attribute()), end="]")
+            self._list(lambda: items.append(self._attribute(depth + 1)), end="]")
             return tuple(items)
         if self._text.startswith('"', self._at):
             return self._string()
@@ -258,7 +271,7 @@ class _Parser:
         if text in _DTYPES:
             return _DTYPES[text]
         if _INTEGER.fullmatch(text):
-            return int(text)
+            return self._to_int(text)
         if _NUMBER.fullmatch(text):
             return float(text)
         self._at = start
@@ -314,7 +327,12 @@ class _Parser:
         return self._match(_WORD, "a word")
 
     def _integer(self) -> int:
-        return int(self._match(_INTEGER, "an integer"))
+        return self._to_int(self._match(_INTEGER, "an integer"))
+
+    def _to_int(self, digits: str) -> int:
+        if len(digits) > _MAX_DIGITS:
+            self._fail("an integer is too long", values={"digits": len(digits), "limit": _MAX_DIGITS})
+        return int(digits)
 
     def _string(self) -> str:
         text = self._match(_STRING, "a string")
@@ -324,7 +342,14 @@ class _Parser:
             self._fail("cannot read a string", str(error))
         return str(value)
 
+    def _value_name(self) -> tuple[str, str]:
+        """A value's name in its scope, and the hint it gives: none for a bare number."""
+        bare = not self._text.startswith('"', self._at)
+        name = self._name()
+        return name, "" if bare and name.isdigit() else name
+
     def _name(self) -> str:
+        self._skip()
         if self._text.startswith('"', self._at):
             return self._string()
         # A bare name may hold ":" inside but the ":" of a following type is not part of it.

@@ -60,17 +60,22 @@ def print_op(op: Op) -> str:
 
 
 def quote_name(name: str) -> str:
-    """A name as it stands after ``%`` or ``@``: bare when it can be, else as a JSON string."""
-    return name if BARE_NAME.fullmatch(name) else json.dumps(name)
+    """A name as it stands after ``%`` or ``@``: bare when it can be, else as a JSON string.
+
+    Bare numbers stand for values without a name, and a final colon would read as the start of a type.
+    """
+    bare = BARE_NAME.fullmatch(name) and not name.isdigit() and not name.endswith(":")
+    return name if bare else json.dumps(name)
 
 
 class _Names:
-    """Gives every value of a graph (and, nested, of its regions) a unique printable name."""
+    """Gives every value of a graph a unique printable name; regions are scopes of their own."""
 
-    def __init__(self, graph: Graph, taken: frozenset[str] = frozenset()) -> None:
+    def __init__(self, graph: Graph) -> None:
         self._names: dict[Value, str] = {}
-        self._taken = set(taken)
+        self._taken: set[str] = set()
         self._counter = 0
+        self._suffixes: dict[str, int] = {}
         for value in graph.inputs:
             self._assign(value)
         for op in graph.ops:
@@ -80,21 +85,21 @@ class _Names:
     def __call__(self, value: Value) -> str:
         if value.is_weight:
             return "@" + quote_name(value.weight)
-        return "%" + quote_name(self._names[value]) if value in self._names else f"%<undefined {value.serial}>"
+        return "%" + self._names[value] if value in self._names else f"%<undefined {value.serial}>"
 
     def _assign(self, value: Value) -> None:
         name = value.name
-        if not name or name.isdigit():
+        if not name:
             while str(self._counter) in self._taken:
                 self._counter += 1
-            name = str(self._counter)
-        elif name in self._taken:
-            suffix = 1
-            while f"{name}_{suffix}" in self._taken:
-                suffix += 1
-            name = f"{name}_{suffix}"
+            name = text = str(self._counter)
+        else:
+            while name in self._taken:
+                suffix = self._suffixes[value.name] = self._suffixes.get(value.name, 0) + 1
+                name = f"{value.name}_{suffix}"
+            text = quote_name(name)
         self._taken.add(name)
-        self._names[value] = name
+        self._names[value] = text
 
 
 def _weight_line(weight: Weight, hashes: bool) -> str:

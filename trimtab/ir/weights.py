@@ -136,7 +136,9 @@ class Weight:
         flat = self.tensor().detach().cpu().contiguous().reshape(-1)
         if self.type.dtype.is_sub_byte:
             flat = pack_sub_byte(self.tensor(), self.type.dtype).reshape(-1)
-        raw = flat.view(torch.uint8).numpy() if flat.numel() else flat.numpy()
+        if not flat.numel():
+            return
+        raw = flat.view(torch.uint8).numpy()
         for start in range(0, raw.nbytes, _BLOCK_BYTES):
             yield raw[start : start + _BLOCK_BYTES].data
 
