@@ -2,7 +2,7 @@
 
 An op class is drawn, its operands from the values there are, its attributes from their declared types.  What the op's
 own inference and checks refuse is thrown away; what they accept is well typed by definition.  Basic ops are drawn more
-often than others, and some ops repeat earlier ones, so that there is something to clean up.
+often than others, and some ops repeat or undo earlier ones, so that there is something to clean up.
 
 ::
 
@@ -48,7 +48,7 @@ _LEFT_OUT = frozenset({"repeat", "opaque", "einsum"})
 
 
 @st.composite
-def modules(draw: st.DrawFn, max_ops: int = 16) -> Module:
+def modules(draw: st.DrawFn, max_ops: int = 24) -> Module:
     """Modules of up to ``max_ops`` ops with one to three inputs and a few weights. They verify."""
     return random_module(draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, max_ops)))
 
@@ -81,8 +81,8 @@ class _Generator:
         while len(build.graph.ops) < size + 3:
             self._grow()
         results = [value for op in build.graph.ops for value in op.results]
-        unread = [value for value in results[-6:] if not value.uses]
-        outputs = list(dict.fromkeys([*rng.sample(unread, min(len(unread), 2)), rng.choice(results)]))
+        unread = [value for value in results if not value.uses]
+        outputs = list(dict.fromkeys([*rng.sample(unread, min(len(unread), 4)), rng.choice(results)]))
         build.output(*outputs)
         build.module.drop_unused_weights()
         return build.module
@@ -92,9 +92,13 @@ class _Generator:
         if self._rng.random() < 0.15:
             self._accept(self._rng.choice(done).clone)
             return
-        cls = self._rng.choice(_BASIC) if self._rng.random() < 0.6 else self._rng.choice(self._classes)
+        newest: Value | None = None
+        if self._rng.random() < 0.2 and done[-1].operand_fields:
+            cls, newest = type(done[-1]), done[-1].results[0]
+        else:
+            cls = self._rng.choice(_BASIC) if self._rng.random() < 0.6 else self._rng.choice(self._classes)
         for _ in range(8):
-            if self._accept(lambda: self._draw_op(cls)):
+            if self._accept(lambda: self._draw_op(cls, newest)):
                 return
 
     def _accept(self, make: typing.Callable[[], Op]) -> bool:
@@ -109,11 +113,13 @@ class _Generator:
         self._values += op.results
         return True
 
-    def _draw_op(self, cls: type[Op]) -> Op:
+    def _draw_op(self, cls: type[Op], newest: Value | None) -> Op:
+        """An op of this class, on the ``newest`` value if one is given: a chain such as permute of permute."""
         arguments: dict[str, Any] = {}
         first: Value | None = None
         for field in cls.operand_fields:
-            arguments[field.name] = self._draw_operand(field, first)
+            drawn = self._draw_operand(field, first)
+            arguments[field.name] = newest if first is None and newest is not None and field.kind == "one" else drawn
             held = arguments[field.name]
             first = first or (held[0] if isinstance(held, tuple) else held)
         hints = cls._attribute_hints()
@@ -140,6 +146,8 @@ class _Generator:
             pool = [v for v in self._values if v.type.dtype is DType.BOOL] or pool
         if field.name in ("y", "weight", "bias") and rng.random() < 0.3:
             pool = [v for v in self._values if v.is_weight]
+        elif field.name == "y" and rng.random() < 0.4:
+            pool = [v for v in self._values if isinstance(v.producer, ops.Full)]
         # The newest values come first to mind, so that graphs grow deep.
         recent = pool[-5:] if rng.random() < 0.6 else pool
         if field.kind != "many":

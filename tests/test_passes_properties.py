@@ -15,7 +15,7 @@ OWN_PASSES = [
     "cse", "dce", "dedup-weights", "fold-constants", "raise-linear", "simplify-identities", "simplify-permutes",
     "simplify-reshapes",
 ]  # fmt: skip
-SLOW_IS_FINE = settings(max_examples=40, suppress_health_check=list(HealthCheck))
+SLOW_IS_FINE = settings(max_examples=50, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", [*OWN_PASSES, *group_names()])

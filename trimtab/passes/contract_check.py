@@ -20,7 +20,7 @@ from trimtab.passes.contracts import Contract, Drift, Exact, Lossy, measure
 from trimtab.passes.determinism import is_deterministic
 from trimtab.passes.observers import Observer, Step, counted
 from trimtab.passes.report import OptimizeReport
-from trimtab.passes.samples import Sample, count_macs, generate_samples, sizes_of
+from trimtab.passes.samples import SMALL_MACS, Sample, count_macs, generate_samples, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ CheckMode: TypeAlias = Literal["always", "close", "never"]
 MAC_LIMIT = 100e9
 """Multiply-accumulates of one evaluation above which exact passes are not checked: about a second on two cores."""
 _MAX_BATCHES = 2
-_SMALL_MACS = 1e9
 
 
 class ContractCheck(Observer):
@@ -185,7 +184,7 @@ def _threads_for(sample: Sample) -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if sample.macs < _SMALL_MACS else threads)
+    torch.set_num_threads(1 if sample.macs < SMALL_MACS else threads)
     try:
         yield
     finally:
