@@ -1,0 +1,129 @@
+"""``trimtab compile``: a model in, one file out that runs without its framework."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimtab.cli.command_options import (
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    ThreadsOption,
+    require_directory,
+)
+from trimtab.errors import UsageError
+
+if TYPE_CHECKING:
+    from trimtab.compiler import Artifact
+
+
+def compile_command(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The artifact to write; by default MODEL's name with .trim."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="`native` for this machine, or a name such as x86-64-v3 (trimtab doctor lists them); by default the "
+            "portable baseline of this machine's architecture.",
+        ),
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(metavar="PIPELINE", help='Passes to run first, by default cleanup,fuse; "" for none.')
+    ] = None,
+    threads: ThreadsOption = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="Code generator.")] = "tvm",
+    runtime_library: Annotated[
+        bool,
+        typer.Option(
+            "--runtime-library/--no-runtime-library",
+            help="Carry the backend's runtime library in the file, so that the device needs numpy and apache-tvm-ffi only.",
+        ),
+    ] = True,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile MODEL to one file, and check in a fresh process that it runs and gives the right results."""
+    from trimtab.cli.model_argument import load_model, model_name
+    from trimtab.cli.progress import part, progress_bar
+
+    path = output if output is not None else Path(f"{model_name(model)}.trim")
+    require_directory(path, "--output")
+    if path.exists() and path.absolute() == Path(model).absolute():
+        raise UsageError("the output would replace the model", values={"path": path}, fix="give another name with -o")
+    import trimtab
+    from trimtab.compiler import DEFAULT_PIPELINE
+
+    seconds: dict[str, float] = {}
+    with progress_bar("compile") as update:
+        start = time.perf_counter()
+        update("import the model", 0.0)
+        module = load_model(model)
+        seconds["import the model"] = time.perf_counter() - start
+        artifact = trimtab.compile(
+            module,
+            target=target,
+            backend=backend,
+            threads=threads,
+            pipeline=DEFAULT_PIPELINE if passes is None else passes,
+            include_runtime=runtime_library,
+            name=model_name(model),
+            progress=part(update, 0.15, 0.85),
+        )
+        seconds |= artifact.seconds
+        update("write and check", 0.85)
+        start = time.perf_counter()
+        artifact.save(path)
+        seconds["write and check"] = time.perf_counter() - start
+    document = _describe(path, artifact, target, seconds)
+    if json:
+        from trimtab.cli.output import print_json
+
+        print_json(document)
+    else:
+        _print(document)
+
+
+def _describe(path: Path, artifact: Artifact, target: str | None, seconds: dict[str, float]) -> dict[str, Any]:
+    manifest = artifact.manifest
+    variant = manifest.variants[0]
+    size = path.stat().st_size
+    return {
+        "artifact": str(path),
+        "bytes": size,
+        "weight_bytes": artifact.module.weight_bytes,
+        "target": target or "portable baseline",
+        "triple": variant.target,
+        "features": list(variant.features),
+        "backend": variant.backend,
+        "pipeline": manifest.pipeline,
+        "inputs": [str(spec) for spec in manifest.inputs],
+        "outputs": [str(spec) for spec in manifest.outputs],
+        "symbols": [str(symbol) for symbol in manifest.symbols],
+        "versions": manifest.versions,
+        "memory": manifest.memory,
+        "seconds": seconds,
+        "report": artifact.report,
+    }
+
+
+def _print(document: dict[str, Any]) -> None:
+    from trimtab.cli.output import console, text_bytes, text_seconds
+
+    to = console()
+    where = f"{document['artifact']} ({text_bytes(document['bytes'])}, weights {text_bytes(document['weight_bytes'])})"
+    to.print(f"compiled {where} for {document['triple']}, {document['target']}")
+    to.print(f"  inputs   {', '.join(document['inputs'])}")
+    to.print(f"  outputs  {', '.join(document['outputs'])}")
+    if document["symbols"]:
+        to.print(f"  sizes    {', '.join(document['symbols'])}")
+    to.print(f"  passes   {document['pipeline'] or 'none'}")
+    stages = ", ".join(f"{stage} {text_seconds(value)}" for stage, value in document["seconds"].items())
+    to.print(f"  time     {stages}")

@@ -1,0 +1,82 @@
+"""``trimtab doctor``: what works on this machine, and for what does not, why and what to install."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.cli.command_options import DebugOption, JsonOption
+
+
+def doctor_command(
+    quick: Annotated[bool, typer.Option("--quick", help="Do not compile a tiny model as a trial.")] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show Python, packages, processor, backends and targets; compile a tiny model. Exit code 1 if that fails."""
+    from trimtab import __version__
+    from trimtab.cli import machine_state
+    from trimtab.cli.progress import progress_bar
+
+    with progress_bar("doctor") as update:
+        update("look at packages", 0.0)
+        document: dict[str, Any] = {
+            "trimtab": __version__,
+            "python": machine_state.python_facts(),
+            "packages": machine_state.package_facts(),
+            "processor": machine_state.processor_facts(),
+            "linker": machine_state.linker_fact(),
+        }
+        update("ask the backends", 0.1)
+        document["backends"] = machine_state.backend_facts()
+        document["trial"] = None
+        if not quick and any(backend["works"] for backend in document["backends"]):
+            update("compile a tiny model", 0.3)
+            document["trial"] = machine_state.trial_compilation()
+    if json:
+        from trimtab.cli.output import print_json
+
+        print_json(document)
+    else:
+        _print(document)
+    if document["trial"] is not None and not document["trial"]["works"]:
+        raise typer.Exit(1)
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    from trimtab.cli.output import console, table, text_seconds
+
+    to = console()
+    python, processor = document["python"], document["processor"]
+    to.print(f"Trimtab {document['trimtab']}, Python {python['version']} ({python['executable']})")
+    to.print(f"{python['platform']}")
+    level = processor["level"] or "unknown level"
+    to.print(
+        f"{processor['model']}: {processor['architecture']}, {level}, "
+        f"{processor['usable_cores']} of {processor['cores']} cores usable"
+    )
+    to.print(f"linker: {document['linker'] or 'none; install a C compiler, e.g. apt-get install gcc'}")
+    packages = table("Packages", ["package", "version", "used for", "to get it"])
+    for row in document["packages"]:
+        packages.add_row(
+            row["package"], row["version"] or "missing", row["used_for"], "" if row["version"] else row["install"]
+        )
+    to.print(packages)
+    backends = table("Backends and targets", ["backend", "target", "works", "why not, and what to do"])
+    for backend in document["backends"]:
+        if not backend["works"]:
+            backends.add_row(backend["name"], "", "no", f"{backend['reason']}: {backend['fix']}")
+        for target in backend["targets"]:
+            backends.add_row(backend["name"], target, "yes" if backend["works"] else "no", "")
+        for target, missing in backend.get("missing_targets", {}).items():
+            backends.add_row(backend["name"], target, "no", f"it needs {missing}")
+    to.print(backends)
+    trial = document["trial"]
+    if trial is None:
+        to.print("trial: skipped")
+    elif trial["works"]:
+        to.print(f"trial: a tiny model was compiled for this machine and runs ({text_seconds(trial['seconds'])})")
+    else:
+        to.print(f"trial: FAILED\n{trial['message']}")
