@@ -49,17 +49,15 @@ def from_onnx(
         UsageError: no such file, or ``dims`` and ``constants`` that do not fit the model.
     """
     try:
-        import onnx
-        import onnx_ir
-    except ImportError as error:
+        from trimtab.frontend.onnx.importer import import_model
+        from trimtab.frontend.onnx.loading import open_model
+        from trimtab.frontend.onnx.raising import raise_module
+    except ModuleNotFoundError as error:
         raise MissingDependencyError(
             "importing ONNX models needs more packages",
             values={"missing": error.name},
             fix='pip install "trimtab[onnx]"',
         ) from error
-    from trimtab.frontend.onnx.importer import import_model
-    from trimtab.frontend.onnx.loading import open_model
-    from trimtab.frontend.onnx.raising import raise_module
 
     opened = open_model(model)
     module = import_model(opened, dims or {}, {name: _tensor(name, data) for name, data in (constants or {}).items()})

@@ -99,7 +99,9 @@ class Emitter:
             if outcome is None:
                 return None
             return tuple(
-                self.known(item, result.name) if not isinstance(item, SymbolicArray) else self._symbolic(item, result.type)
+                self.known(item, result.name)
+                if not isinstance(item, SymbolicArray)
+                else self._symbolic(item, result.type)
                 for item, result in zip(outcome, op.results, strict=True)
             )
         if any(isinstance(size, int) and size > FOLDING_LIMIT for size in sizes) or not _is_concrete(op):
@@ -136,7 +138,9 @@ class Emitter:
 
         if all(isinstance(dim, int) for dim in dims):
             return self.known(torch.tensor(dims[0] if scalar else list(dims), dtype=dtype.to_torch()))
-        return self._symbolic(SymbolicArray(list(dims), () if scalar else (len(dims),)), TensorType(dtype, (len(dims),)))
+        return self._symbolic(
+            SymbolicArray(list(dims), () if scalar else (len(dims),)), TensorType(dtype, (len(dims),))
+        )
 
     def _symbolic(self, array: SymbolicArray, type: TensorType) -> Value:
         import torch
@@ -176,7 +180,9 @@ class Emitter:
         stored = isinstance(found, StoredTensor)
         if (found.elements if isinstance(found, StoredTensor) else found.numel()) <= FOLDING_LIMIT:
             tensor = found.tensor() if isinstance(found, StoredTensor) else found
-            uniform = tensor.numel() == 1 if stored else tensor.numel() > 0 and bool((tensor == tensor.reshape(-1)[0]).all())
+            uniform = (
+                tensor.numel() == 1 if stored else tensor.numel() > 0 and bool((tensor == tensor.reshape(-1)[0]).all())
+            )
             # A stored tensor of one element but some axes may well be a parameter; it stays a weight.
             if uniform and not (stored and tensor.dim() > 0):
                 return self._full(value, tensor)

@@ -55,9 +55,7 @@ class ExternalFiles:
     def _map(self, location: str, values: dict[str, Any]) -> np.ndarray[Any, Any]:
         path = self._resolve(location, values)
         if path not in self._maps:
-            self._maps[path] = (
-                np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-            )
+            self._maps[path] = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
         return self._maps[path]
 
     def _resolve(self, location: str, values: dict[str, Any]) -> Path:

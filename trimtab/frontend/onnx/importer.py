@@ -19,6 +19,7 @@ from trimtab.frontend.onnx.locations import location_of
 from trimtab.frontend.onnx.node import Node, UseDefinition, advice
 from trimtab.frontend.onnx.registry import find_handler, normalized_domain, oldest_version
 from trimtab.frontend.onnx.signature import DimSpec, Signature
+from trimtab.frontend.onnx.symbolic_folding import SymbolicArray
 from trimtab.frontend.onnx.unsupported import UnsupportedOps
 from trimtab.ir.core import Module, Value
 
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     import torch
 
 MAX_CALL_DEPTH = 64
-MAX_NODES = 1_000_000
-"""Nodes imported at most, counted after functions are expanded."""
-
 Environment = dict[Any, Value | None]
 """The IR's value for each onnx_ir value seen so far; None for one that could not be computed."""
+
+_HANDLER_FAILURES = (
+    ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a handler may raise on a node that is malformed in a way nobody thought of."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ class Importer:
         self._unsupported = UnsupportedOps()
         self._functions = dict(opened.model.functions.items())
         self._frames = [_Frame()]
-        self._nodes = 0
         self.module = Module()
         self.emitter = Emitter(self.module, self.module.main)
 
@@ -140,16 +142,18 @@ class Importer:
                     else "export the model again",
             )  # fmt: skip
         found = env[value]
-        assert found is not None  # unsupported ops were reported before
+        if found is None:
+            raise ImportModelError(
+                "a value is read that its node does not give",
+                values={"value": value.name, "reader": reader},
+                rule="the node's operator has no such output, or it holds a type that Trimtab does not know",
+                fix="export the model without it",
+            )
         return found
 
     # -- nodes --------------------------------------------------------------------------------------------------
 
     def _import_node(self, node: onnx_ir.Node, env: Environment, opsets: Mapping[str, int]) -> None:
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
-            raise ImportModelError("the model expands to too many nodes", values={"limit": MAX_NODES},
-                                   rule="a broken or hostile file must not exhaust memory")  # fmt: skip
         domain = normalized_domain(node.domain)
         location = location_of(node, self._file)
         given = [None if v is None or v in self._frames[-1].absent else v for v in node.inputs]
@@ -174,9 +178,18 @@ class Importer:
                 where=f"node {node.name or node.op_type!r}",
                 location=location,
             ) from error
-        except ImportModelError as error:
+        except TrimtabError as error:
             error.location = error.location or location
             raise
+        except _HANDLER_FAILURES as error:
+            raise ImportModelError(
+                f"{node.op_type} cannot be imported",
+                values={"reason": f"{type(error).__name__}: {error}"[:200]},
+                rule="the node is malformed, or Trimtab has a bug",
+                fix="if the model runs elsewhere, report it with the model",
+                where=f"node {node.name or node.op_type!r}",
+                location=location,
+            ) from error
         for output, result in zip(node.outputs, results, strict=False):
             env[output] = result
             if result is not None and not result.name and not result.is_weight:
@@ -218,8 +231,8 @@ class Importer:
             body = standard_body(node, attributes, version, domain, inputs)
             if body is None:
                 raise self._unknown(node, domain, version, True, location)
-            results = self._call(body.function, inputs, {**schema_defaults(node.op_type, version, domain), **attributes})
-            return [None if place is None else results[place] for place in body.outputs]
+            made = self._call(body.function, inputs, {**schema_defaults(node.op_type, version, domain), **attributes})
+            return [None if place is None else made[place] for place in body.outputs]
 
         return run
 
@@ -234,7 +247,9 @@ class Importer:
                 found[name] = onnx_ir.Attr(name, given.type, given.value)
         return found
 
-    def _unknown(self, node: onnx_ir.Node, domain: str, version: int, exists: bool, location: Any) -> UnsupportedOpError:
+    def _unknown(
+        self, node: onnx_ir.Node, domain: str, version: int, exists: bool, location: Any
+    ) -> UnsupportedOpError:
         oldest = oldest_version(domain, node.op_type)
         name = f"{domain}.{node.op_type}" if domain else node.op_type
         if oldest is not None and exists:
@@ -276,7 +291,7 @@ class Importer:
     ) -> Sequence[Value | None]:
         condition = inputs[0] if inputs else None
         content = None if condition is None else self.emitter.content(condition)
-        if content is None or not hasattr(content, "numel") or content.numel() != 1:
+        if content is None or isinstance(content, SymbolicArray) or content.numel() != 1:
             raise UnsupportedOpError(
                 "If: the condition is computed from data",
                 values={"node": node.name or "(unnamed)"},
@@ -284,7 +299,8 @@ class Importer:
                 fix="export the model with this choice made, or "
                 + advice([] if condition is None else self.emitter.inputs_behind(condition)),
             )
-        name = "then_branch" if bool(content.reshape(-1)[0]) else "else_branch"
+        truth = bool(content.reshape(-1)[0])
+        name = "then_branch" if truth else "else_branch"
         if name not in node.attributes or node.attributes[name].type != onnx_ir.AttributeType.GRAPH:
             raise ImportModelError("If: a branch is missing", values={"branch": name})
         branch = node.attributes[name].as_graph()
@@ -314,9 +330,7 @@ class Importer:
             )
 
 
-def import_model(
-    opened: OpenedModel, dims: Mapping[str, DimSpec], constants: Mapping[str, torch.Tensor]
-) -> Module:
+def import_model(opened: OpenedModel, dims: Mapping[str, DimSpec], constants: Mapping[str, torch.Tensor]) -> Module:
     """Import ``opened``, bounding symbols where the model is consistent only within bounds.
 
     A table of 64 positions that is cut to the length of the input makes sense only for lengths up to 64; ONNX does not

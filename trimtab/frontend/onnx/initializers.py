@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,32 +74,48 @@ def store(tensor: Any, files: ExternalFiles) -> StoredTensor:
     return StoredTensor(name, type, OnnxTensorSource(tensor, type))
 
 
+_FIELDS = {
+    "FLOAT": "float_data",
+    "COMPLEX64": "float_data",
+    "DOUBLE": "double_data",
+    "COMPLEX128": "double_data",
+    "INT64": "int64_data",
+    "UINT32": "uint64_data",
+    "UINT64": "uint64_data",
+}
+"""The field of a tensor message that holds the elements, where it is not int32_data."""
+
+
 def check_tensor_proto(proto: Any, where: str) -> None:
     """Compare the stated dimensions of a tensor message with the data it holds, before anything is allocated.
 
     Raises:
         ImportModelError: dimensions and data do not agree.
     """
-    import math
-
     dims = list(proto.dims)
     if any(dim < 0 for dim in dims):
-        raise ImportModelError("a stored tensor has a negative dimension", values={"tensor": proto.name, "dims": dims}, where=where)
+        raise ImportModelError(
+            "a stored tensor has a negative dimension", values={"tensor": proto.name, "dims": dims}, where=where
+        )
     try:
-        bits = onnx_ir.DataType(proto.data_type).bitwidth
-    except (ValueError, TypeError):
-        bits = 0
-    if proto.data_location == 1 or not bits:  # external data is checked against its file, strings are refused on use
-        return
-    count = math.prod(dims)
+        dtype = onnx_ir.DataType(proto.data_type)
+    except ValueError:
+        raise ImportModelError(
+            "a stored tensor has an unknown element type",
+            values={"tensor": proto.name or "(unnamed)", "type code": proto.data_type},
+            fix="export the model again; the file is damaged",
+            where=where,
+        ) from None
+    if proto.data_location == 1 or dtype.name in ("STRING", "UNDEFINED"):
+        return  # external data is checked against its file, strings are refused where they are used
+    bits, count = dtype.bitwidth, math.prod(dims)
     if proto.HasField("raw_data"):
         expected, found, unit = (count * bits + 7) // 8, len(proto.raw_data), "bytes"
     else:
-        per_entry = max(8 // bits, 1) if bits < 8 else 1
-        doubled = onnx_ir.DataType(proto.data_type).name.startswith("COMPLEX")
-        expected = (count + per_entry - 1) // per_entry * (2 if doubled else 1)
-        fields = (proto.float_data, proto.int32_data, proto.int64_data, proto.double_data, proto.uint64_data)
-        found, unit = max(map(len, fields)), "elements"
+        field = _FIELDS.get(dtype.name, "int32_data")
+        per_entry = 8 // bits if bits in (2, 4) else 1
+        expected = (count + per_entry - 1) // per_entry * (2 if dtype.name.startswith("COMPLEX") else 1)
+        found, unit = len(getattr(proto, field)), f"elements in {field}"
     if expected != found:
         raise ImportModelError(
             "a stored tensor has data of the wrong size",

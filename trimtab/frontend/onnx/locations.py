@@ -17,7 +17,9 @@ def location_of(node: Any, file: str) -> Location:
     torch's exporter writes the stack of the call into the node's metadata; the innermost frame that is not torch's own
     is the line the user wrote.
     """
-    trace = node.metadata_props.get("pkg.torch.onnx.stack_trace") or node.metadata_props.get("pkg.torch.export.stack_trace")
+    trace = node.metadata_props.get("pkg.torch.onnx.stack_trace") or node.metadata_props.get(
+        "pkg.torch.export.stack_trace"
+    )
     if trace:
         frames = _FRAME.findall(trace)
         own = [frame for frame in frames if not _LIBRARY.search(frame[0])] or frames

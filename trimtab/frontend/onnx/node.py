@@ -153,14 +153,16 @@ class Node:
             return None
         found = self.dims(index, role)
         if not all(isinstance(item, int) for item in found):
-            self.refuse(f"{role} depends on a symbolic dimension", f"export with fixed sizes, or give {role} as integers")
+            self.refuse(
+                f"{role} depends on a symbolic dimension", f"export with fixed sizes, or give {role} as integers"
+            )
         return tuple(item for item in found if isinstance(item, int))
 
     def _needs_constant(self, index: int, role: str) -> NoReturn:
-        value = self.inputs[index]
+        value = self.input(index)
         self.refuse(
             f"{role} is computed from data",
-            "make it an initializer, or " + advice([] if value is None else self.emitter.inputs_behind(value)),
+            "make it an initializer, or " + advice(self.emitter.inputs_behind(value)),
             rule="shapes and axes are known when a model is imported",
         )
 
@@ -226,7 +228,10 @@ class Node:
     def string_attr(self, name: str, default: str = _REQUIRED) -> str:
         """A string attribute."""
         found = self._attribute(name, (onnx_ir.AttributeType.STRING,), default)
-        return found.decode() if isinstance(found, bytes) else found
+        try:
+            return found.decode() if isinstance(found, bytes) else str(found)
+        except UnicodeDecodeError:
+            self.inconsistent(f"the attribute {name} is not text")
 
     def tensor_attr(self, name: str) -> StoredTensor:
         """A tensor attribute."""
@@ -243,7 +248,9 @@ class Node:
 
     @property
     def where(self) -> str:
-        return f"node {self.name!r} ({self.op}, opset {self.version})" if self.name else f"{self.op}, opset {self.version}"
+        return (
+            f"node {self.name!r} ({self.op}, opset {self.version})" if self.name else f"{self.op}, opset {self.version}"
+        )
 
     def refuse(self, reason: str, fix: str = "", *, rule: str = "", **values: Any) -> NoReturn:
         """Raise the error for a form of this operator that is not imported."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from trimtab.frontend.onnx.ops import FAMILIES
 
 if TYPE_CHECKING:
     from trimtab.frontend.onnx.node import Node
@@ -53,7 +56,8 @@ def registered() -> list[tuple[str, str, int]]:
 
 
 def _load() -> None:
-    import trimtab.frontend.onnx.ops as families  # noqa: F401  the import registers all handlers
+    for family in FAMILIES:
+        importlib.import_module(f"trimtab.frontend.onnx.ops.{family}")  # which registers its handlers
 
 
 def normalized_domain(domain: Any) -> str:

@@ -133,8 +133,6 @@ class Signature:
         return self._names[name]
 
 
-
-
 def _names_of(value: Any) -> list[str]:
     if value.shape is None:
         return []

@@ -13,6 +13,8 @@ from trimtab.frontend.onnx.initializers import check_tensor_proto
 
 MAX_SUBGRAPH_DEPTH = 32
 """Deepest nesting of subgraphs (``If`` in ``If`` ...) that is read."""
+EXPANSION_LIMIT, EXPANSION_FACTOR = 100_000, 50
+"""A model whose functions expand to more nodes than both allow (in number, and times those stored) is refused."""
 
 
 def check_structure(model: Any) -> None:
@@ -103,6 +105,8 @@ def _check_functions(model: Any) -> None:
                     raise ImportModelError("a value is defined twice", values={"value": name},
                                            where=f"function {function.name}")  # fmt: skip
                 defined.add(name)
+    stored = len(model.graph.node) + sum(len(function.node) for function in model.functions)
+    expanded: dict[Any, int] = {}
     state: dict[Any, int] = {}
     for root in functions:
         # Depth-first search with an explicit stack: a chain of calls may be longer than Python's stack.
@@ -116,6 +120,7 @@ def _check_functions(model: Any) -> None:
             if callee is None:
                 state[key] = 2
                 stack.pop()
+                expanded[key] = _expanded(functions[key].node, functions, expanded)
             elif state.get(callee) == 1:
                 raise ImportModelError(
                     "a function calls itself",
@@ -125,6 +130,18 @@ def _check_functions(model: Any) -> None:
             elif callee not in state:
                 state[callee] = 1
                 stack.append((callee, _calls(functions[callee].node, functions)))
+
+    total = _expanded(model.graph.node, functions, expanded)
+    if total > EXPANSION_LIMIT and total > EXPANSION_FACTOR * stored:
+        raise ImportModelError(
+            "the model's functions expand to too many nodes",
+            values={"nodes": total, "stored": stored},
+            rule="functions are expanded where they are called; a hostile file must not exhaust memory",
+        )
+
+
+def _expanded(nodes: Any, functions: dict[Any, Any], known: dict[Any, int]) -> int:
+    return len(nodes) + sum(known[key] for key in _calls(nodes, functions))
 
 
 def _calls(nodes: Any, functions: dict[Any, Any]) -> Iterator[Any]:

@@ -28,6 +28,10 @@ class SymbolicArray:
         return not any(isinstance(item, DimExpr) for item in self.items)
 
 
+MAX_DEGREE = 16
+"""Highest degree of a dimension that is followed, as a polynomial in the symbols."""
+
+
 class _Undecided(Exception):
     """The result depends on the values of symbols in a way dimensions cannot say."""
 
@@ -54,11 +58,29 @@ def fold_symbolically(op: Op, contents: Sequence[Any]) -> list[SymbolicArray] | 
         function = _elementwise(op)
         if function is None:
             return None
-        shape = tuple(op.results[0].type.shape)
+        shape = _static(op.results[0].type.shape)
         columns = [_broadcast(array, shape) for array in arrays]
-        return [SymbolicArray([function(*row) for row in zip(*columns, strict=True)], shape)]  # type: ignore[arg-type]
+        return [SymbolicArray([_checked(function(*row)) for row in zip(*columns, strict=True)], shape)]
     except _Undecided:
         return None
+
+
+def _static(shape: tuple[Dim, ...]) -> tuple[int, ...]:
+    sizes = tuple(size for size in shape if isinstance(size, int))
+    if len(sizes) != len(shape):
+        raise _Undecided
+    return sizes
+
+
+def _checked(item: Item) -> Item:
+    """``item`` where it is a sensible size; a hostile chain of products would grow without end."""
+    if isinstance(item, DimExpr):
+        degree = max(sum(power for _, power in monomial) for monomial, _ in item.terms)
+        if degree > MAX_DEGREE or any(abs(coefficient) >= 2**63 for _, coefficient in item.terms):
+            raise _Undecided
+    elif abs(item) >= 2**63:
+        raise _Undecided
+    return item
 
 
 def _as_array(content: Any) -> SymbolicArray:
@@ -90,8 +112,7 @@ def _move(op: Op, contents: Sequence[Any]) -> list[SymbolicArray] | None:
     table: list[Item] = []
     numbered: list[torch.Tensor] = []
     for index, content in enumerate(contents):
-        positions = isinstance(op, _WITH_POSITIONS) and index > 0 or isinstance(op, ops.Scatter) and index == 1
-        if positions:
+        if (index > 0 and isinstance(op, _WITH_POSITIONS)) or (index == 1 and isinstance(op, ops.Scatter)):
             if isinstance(content, SymbolicArray):
                 return None
             numbered.append(content)
@@ -125,9 +146,9 @@ def _reduce(op: Any, array: SymbolicArray) -> SymbolicArray:
             raise _Undecided
         total = array.items[row[0]]
         for number in row[1:]:
-            total = combine[type(op)](total, array.items[number])
+            total = _checked(combine[type(op)](total, array.items[number]))
         items.append(total)
-    return SymbolicArray(items, tuple(op.results[0].type.shape))
+    return SymbolicArray([_checked(item) for item in items], _static(op.results[0].type.shape))
 
 
 def _truth(item: Item) -> bool:

@@ -27,7 +27,9 @@ class UnsupportedOps:
             raise groups[0][0]
         fixes = dict.fromkeys(error.fix for (error, *_) in groups if error.fix)
         raise UnsupportedOpError(
-            f"the model uses {len(groups)} things that Trimtab does not import" if len(groups) > 1 else groups[0][0].what,
+            f"the model uses {len(groups)} things that Trimtab does not import"
+            if len(groups) > 1
+            else groups[0][0].what,
             values={what: _summary(errors) for (_, what), errors in self._errors.items()},
             rule="; ".join(dict.fromkeys(error.rule for (error, *_) in groups if error.rule)),
             fix="; ".join(fixes),

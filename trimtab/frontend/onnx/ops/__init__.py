@@ -1,41 +1,8 @@
-"""Handlers of the ONNX operators, one file a family. Importing this package registers them all."""
+"""Handlers of the ONNX operators, one file a family."""
 
-from trimtab.frontend.onnx.ops import (
-    activation,
-    arithmetic,
-    attention,
-    contraction,
-    contrib,
-    convolution,
-    creation,
-    elementwise,
-    gathering,
-    normalization,
-    pooling,
-    quantization,
-    reduction,
-    reshaping,
-    resizing,
-    scattering,
-    slicing,
-)
-
-__all__ = [
-    "activation",
-    "arithmetic",
-    "attention",
-    "contraction",
-    "contrib",
-    "convolution",
-    "creation",
-    "elementwise",
-    "gathering",
-    "normalization",
-    "pooling",
-    "quantization",
-    "reduction",
-    "reshaping",
-    "resizing",
-    "scattering",
+FAMILIES = (
+    "activation", "arithmetic", "attention", "contraction", "contrib", "convolution", "creation", "elementwise",
+    "gathering", "normalization", "pooling", "quantization", "reduction", "reshaping", "resizing", "scattering",
     "slicing",
-]
+)  # fmt: skip
+"""The modules of this package whose import registers handlers."""

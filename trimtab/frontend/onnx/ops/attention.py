@@ -31,8 +31,8 @@ def attention(node: Node) -> tuple[Value | None, ...]:
         q, k, v = split_heads(node, q, heads), split_heads(node, k, groups), split_heads(node, v, groups)
     width = q.type.shape[3]
     given = node.float_attr("scale", None)
-    if given is None and not isinstance(width, int):
-        node.refuse("a head size that is not fixed")
+    if not isinstance(width, int):
+        node.refuse("a head size that is not fixed", "fix it with from_onnx(..., dims={...})")
     scale = given if given is not None else 1.0 / math.sqrt(width)
     if past_k is not None and past_v is not None:
         k, v = node.emit(ops.Concat((past_k, k), dim=2)), node.emit(ops.Concat((past_v, v), dim=2))

@@ -35,7 +35,11 @@ def gemm(node: Node) -> Value:
     if node.flag("transB") and alpha == 1.0 and floating and (c is None or (beta == 1.0 and rows_of_bias)):
         return node.emit(ops.Linear(a, b, c))
     if node.flag("transB"):
-        y = node.emit(ops.Linear(a, b)) if floating else node.emit(ops.Matmul(a, node.emit(ops.Permute(b, dims=(1, 0)))))
+        y = (
+            node.emit(ops.Linear(a, b))
+            if floating
+            else node.emit(ops.Matmul(a, node.emit(ops.Permute(b, dims=(1, 0)))))
+        )
     else:
         y = node.emit(ops.Matmul(a, b))
     if alpha != 1.0:

@@ -64,7 +64,9 @@ def conv_transpose(node: Node) -> Value:
     # torch adds output_padding only below the stride; elsewhere, and with uneven borders, zeros of our own follow.
     inside = even and all(e < max(s, d) for e, s, d in zip(extra, window.stride, window.dilation, strict=True))
     late = (0,) * spatial if inside else extra
-    y = _transposed(node, x, weight, None if any(late) else bias, window, padding, extra if inside else (0,) * spatial, groups)
+    y = _transposed(
+        node, x, weight, None if any(late) else bias, window, padding, extra if inside else (0,) * spatial, groups
+    )
     cut_low = (0,) * spatial if even else tuple(-n for n in before)
     cut_high = tuple(e if even else e - n for n, e in zip(after, late, strict=True))
     y = pad_spatial(node, y, cut_low, cut_high)

@@ -86,13 +86,7 @@ def eye_like(node: Node) -> Value:
 def one_hot(node: Node) -> Value:
     """``values`` is [off, on]; an index outside ``-depth .. depth - 1`` gives a row of off."""
     indices, values = node.input(0), node.input(2)
-    depth = node.content(1)
-    if isinstance(depth, torch.Tensor):
-        depth = int(depth.reshape(-1)[0].item())
-    elif isinstance(depth, SymbolicArray):
-        depth = depth.items[0]
-    else:
-        node.tensor(1, "depth")
+    depth = _depth(node)
     rank = indices.type.rank
     axis = node.axis_in(node.int_attr("axis", -1), rank + 1)
     wide = node.cast(indices, DType.I64)
@@ -106,6 +100,13 @@ def one_hot(node: Node) -> Value:
     hit = node.emit(ops.Eq(wide, places))
     off, on = (node.emit(ops.Select(values, dim=0, index=index)) for index in (0, 1))
     return node.emit(ops.Where(hit, on, off))
+
+
+def _depth(node: Node) -> Dim:
+    found = node.content(1)
+    if isinstance(found, SymbolicArray):
+        return node.dims(1, "depth")[0]
+    return int(node.tensor(1, "depth").reshape(-1)[0].item())  # it may be stored as a float
 
 
 @onnx_op("Identity", since=1)
@@ -122,5 +123,7 @@ def dropout(node: Node) -> tuple[Value, ...]:
         ratio = node.tensor(1, "ratio").item() if node.optional(1) is not None else 0.5
         if ratio:
             node.refuse("training mode", "export the model in evaluation mode", ratio=ratio)
-    mask = (node.emit(ops.Full(value=True, dtype=DType.BOOL, shape=x.type.shape)),) if node.outputs[1:2] == (True,) else ()
+    mask = (
+        (node.emit(ops.Full(value=True, dtype=DType.BOOL, shape=x.type.shape)),) if node.outputs[1:2] == (True,) else ()
+    )
     return (x, *mask)

@@ -111,5 +111,7 @@ def bit_cast(node: Node) -> Value:
 def _cast(node: Node, code: int) -> Value:
     dtype = dtype_of(code)
     if dtype is None:
-        node.refuse("element type", f"cast to one of {SUPPORTED_TEXT}", rule="the IR has no such type", to=name_of(code))
+        node.refuse(
+            "element type", f"cast to one of {SUPPORTED_TEXT}", rule="the IR has no such type", to=name_of(code)
+        )
     return node.cast(node.input(0), dtype)

@@ -9,7 +9,7 @@ from trimtab.frontend.onnx.ops.unsigned import WIDENED
 from trimtab.frontend.onnx.registry import onnx_op
 from trimtab.ir import ops
 from trimtab.ir.core import Value
-from trimtab.ir.dims import bounds
+from trimtab.ir.dims import Dim, bounds
 from trimtab.ir.dtypes import DType
 
 
@@ -57,13 +57,13 @@ def columns(node: Node, indices: Value, depth: int) -> list[Value]:
     return [node.emit(ops.Select(indices, dim=last, index=i)) for i in range(depth)]
 
 
-def batch_positions(node: Node, shape: tuple[object, ...], batch: int) -> list[Value]:
+def batch_positions(node: Node, shape: tuple[Dim, ...], batch: int) -> list[Value]:
     """For each of the first ``batch`` axes the positions along it, to be broadcast with index components."""
     found = []
     for axis in range(batch):
         size = shape[axis]
-        places = node.emit(ops.Arange(length=size, dtype=DType.I64))  # type: ignore[arg-type]
-        found.append(node.reshape(places, tuple(size if dim == axis else 1 for dim in range(len(shape) - 1))))  # type: ignore[misc]
+        places = node.emit(ops.Arange(length=size, dtype=DType.I64))
+        found.append(node.reshape(places, tuple(size if dim == axis else 1 for dim in range(len(shape) - 1))))
     return found
 
 
@@ -105,5 +105,3 @@ def top_k(node: Node) -> tuple[Value, ...]:
 def data_dependent(node: Node) -> Value:
     node.refuse("the shape of the result depends on data", "keep this operator outside the compiled model",
                 rule="shapes follow from the inputs' shapes alone")  # fmt: skip
-
-

@@ -117,14 +117,14 @@ def _window_sums(node: Node, x: Value, window: Window, ceil: bool, include_pad: 
 
     def sums(value: Value) -> Value:
         ones = node.emitter.known(torch.ones((1, 1, *window.kernel), dtype=x.type.dtype.to_torch()))
-        return node.emit(
-            make(value, ones, stride=window.stride, padding=(0,) * spatial, dilation=window.dilation)
-        )
+        return node.emit(make(value, ones, stride=window.stride, padding=(0,) * spatial, dilation=window.dilation))
 
     counted = node.emit(ops.Full(value=1.0, dtype=x.type.dtype, shape=(1, 1, *sizes)))
     if include_pad:
         counted = pad_spatial(node, counted, window.before, window.after, 1.0)
-        counted = pad_spatial(node, counted, (0,) * spatial, tuple(a - b for a, b in zip(after, window.after, strict=True)), 0.0)
+        counted = pad_spatial(
+            node, counted, (0,) * spatial, tuple(a - b for a, b in zip(after, window.after, strict=True)), 0.0
+        )
     else:
         counted = pad_spatial(node, counted, before, after, 0.0)
     one_channel = node.reshape(x, (product(x.type.shape[:2]), 1, *sizes))

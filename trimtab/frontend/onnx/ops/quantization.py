@@ -21,7 +21,9 @@ def quantize_linear(node: Node) -> Value:
     code = node.int_attr("output_dtype", 0)
     dtype = zero.type.dtype if zero is not None else dtype_of(code) if code else DType.U8
     if dtype not in _RANGES:
-        node.refuse("the quantized type", "use int8, uint8, int16 or uint16", output_dtype=name_of(code) if code else dtype)
+        node.refuse(
+            "the quantized type", "use int8, uint8, int16 or uint16", output_dtype=name_of(code) if code else dtype
+        )
     scale = _spread(node, node.cast(node.input(1), DType.F32), x)
     zero = None if zero is None else _spread(node, zero, x)
     return quantize(node, node.cast(x, DType.F32), scale, zero, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from trimtab.frontend.onnx.node import Node
 from trimtab.frontend.onnx.registry import onnx_op
 from trimtab.ir import ops
@@ -101,8 +103,9 @@ def expand(node: Node) -> Value:
     """Broadcast against a shape: where the shape says 1, the input's size stays."""
     x = node.input(0)
     wanted = list(node.dims(1, "the shape"))
-    own = [1] * (len(wanted) - x.type.rank) + list(x.type.shape)
-    wanted = [1] * (len(own) - len(wanted)) + wanted
+    ones: list[Dim] = [1] * max(len(wanted), x.type.rank)
+    own = ones[: max(len(wanted) - x.type.rank, 0)] + list(x.type.shape)
+    wanted = ones[: len(own) - len(wanted)] + wanted
     target: list[Dim] = [size if size != 1 and dim == 1 else dim for size, dim in zip(own, wanted, strict=True)]
     for axis, (size, dim) in enumerate(zip(own, target, strict=True)):
         if size not in (1, dim):
@@ -179,5 +182,5 @@ def _image(node: Node, x: Value) -> tuple[Dim, Dim, Dim, Dim]:
     return a, b, c, d
 
 
-def _text(dims: object) -> str:
-    return f"[{', '.join(map(str, dims))}]"  # type: ignore[call-overload]
+def _text(dims: Iterable[Dim]) -> str:
+    return f"[{', '.join(map(str, dims))}]"

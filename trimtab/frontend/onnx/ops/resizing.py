@@ -1,8 +1,8 @@
 """Resize and Upsample.
 
-What torch's two-dimensional resampling expresses becomes one ``resize2d``.  Everything else is separable: along each axis
-the result is an index selection (nearest) or a product with a small constant matrix of interpolation weights, computed
-from the operator's definition at import.
+What torch's two-dimensional resampling expresses becomes one ``resize2d``.  Everything else is separable: along each
+axis the result is an index selection (nearest) or a product with a small constant matrix of interpolation weights,
+computed from the operator's definition at import.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from trimtab.ir.dims import Dim, bounds
 from trimtab.ir.dtypes import DType
 
 LARGEST_AXIS = 1 << 14
+LARGEST_MATRIX = 1 << 22
+"""Sizes up to which interpolation weights are computed at import."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ def resize(node: Node) -> Value:
     sizes, scales = _targets(node, x, chosen)
     node.ignore("nearest_mode", "cubic_coeff_a", "exclude_outside", "extrapolation_value", "antialias",
                 "keep_aspect_ratio_policy")  # fmt: skip
-    if all(size == target for size, target in zip(x.type.shape, sizes, strict=True)) and transform != "tf_crop_and_resize":
+    if (
+        all(size == target for size, target in zip(x.type.shape, sizes, strict=True))
+        and transform != "tf_crop_and_resize"
+    ):
         return x
     whole = _as_resize2d(node, x, sizes, scales, mode, transform)
     if whole is not None:
@@ -60,9 +65,13 @@ def resize(node: Node) -> Value:
         if size == target and scales[dim] == 1.0 and transform != "tf_crop_and_resize":
             continue
         if not isinstance(size, int) or not isinstance(target, int):
-            node.refuse("resizing a dynamic axis in this mode", "fix its size with from_onnx(..., dims={...})", mode=mode,
-                        coordinate_transformation_mode=transform)  # fmt: skip
-        if max(size, target) > LARGEST_AXIS:
+            node.refuse(
+                "resizing a dynamic axis in this mode",
+                "fix its size with from_onnx(..., dims={...})",
+                mode=mode,
+                coordinate_transformation_mode=transform,
+            )
+        if max(size, target) > LARGEST_AXIS or (mode != "nearest" and size * target > LARGEST_MATRIX):
             node.refuse("resizing a very long axis in this mode", mode=mode, size=size, target=target)
         scale = scales[dim] or target / size
         length = scale * size if scales[dim] else float(target)
@@ -181,9 +190,7 @@ def _as_resize2d(
     scale = (0.0, 0.0) if exact else (scales[2], scales[3])
     if not exact and 0.0 in scale:
         return None
-    return node.emit(
-        ops.Resize2d(x, size=(sizes[2], sizes[3]), mode=kinds[mode], align_corners=corners, scale=scale)  # type: ignore[arg-type]
-    )
+    return node.emit(ops.Resize2d(x, size=(sizes[2], sizes[3]), mode=kinds[mode], align_corners=corners, scale=scale))
 
 
 def _along(node: Node, x: Value, axis: _Axis, mode: str, transform: str, rounding: str = "") -> Value:
@@ -245,27 +252,21 @@ def _rounding(node: Node, mode: str) -> Callable[[float], int]:
 def _weights(node: Node, axis: _Axis, place: float, mode: str) -> list[float]:
     """The weight of each input element in the output element that reads at ``place``."""
     narrow = min(axis.scale, 1.0) if node.flag("antialias") else 1.0
-    if mode == "linear":
-        reach, kernel = 1.0, _triangle
-    elif mode == "cubic":
-        a = node.float_attr("cubic_coeff_a", -0.75)
-        reach, kernel = 2.0, lambda d: _cubic(d, a)
-    else:
+    if mode not in ("linear", "cubic"):
         node.inconsistent("unknown mode", mode=mode)
+    a = node.float_attr("cubic_coeff_a", -0.75)
+    reach = 1.0 if mode == "linear" else 2.0
     row = [0.0] * axis.size
     exclude = node.flag("exclude_outside")
     total = 0.0
     for tap in range(math.ceil(place - reach / narrow), math.floor(place + reach / narrow) + 1):
-        weight = kernel(abs(place - tap) * narrow)
+        distance = abs(place - tap) * narrow
+        weight = max(1.0 - distance, 0.0) if mode == "linear" else _cubic(distance, a)
         if exclude and not 0 <= tap < axis.size:
             continue
         row[min(max(tap, 0), axis.size - 1)] += weight
         total += weight
     return [weight / total for weight in row] if total else row
-
-
-def _triangle(distance: float) -> float:
-    return max(1.0 - distance, 0.0)
 
 
 def _cubic(d: float, a: float) -> float:

@@ -23,7 +23,11 @@ def slice_by_attributes(node: Node) -> Value:
 
 
 def _slice(
-    node: Node, starts: tuple[Dim, ...], ends: tuple[Dim, ...], axes: tuple[int, ...] | None, steps: tuple[int, ...] | None
+    node: Node,
+    starts: tuple[Dim, ...],
+    ends: tuple[Dim, ...],
+    axes: tuple[int, ...] | None,
+    steps: tuple[int, ...] | None,
 ) -> Value:
     x = node.input(0)
     axes = node.axes_in(tuple(range(len(starts))) if axes is None else axes, x.type.rank)
@@ -108,7 +112,9 @@ def split(node: Node) -> tuple[Value, ...]:
             exact = floordiv(size, parts)
             sizes = (exact,) * parts
             if exact * parts != size:
-                node.refuse("an axis that may not divide evenly", "fix its size with from_onnx(..., dims={...})", size=size)
+                node.refuse(
+                    "an axis that may not divide evenly", "fix its size with from_onnx(..., dims={...})", size=size
+                )
     if any(bounds(part)[0] < 0 for part in sizes):
         node.inconsistent("a part has a negative size", sizes=list(map(str, sizes)))
     return (x,) if len(sizes) == 1 else node.emit_all(ops.Split(x, dim=axis, sizes=tuple(sizes)))

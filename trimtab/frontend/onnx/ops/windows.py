@@ -1,14 +1,15 @@
-"""Windows that slide over spatial axes, as convolutions and poolings state them: kernel, strides, dilations, padding."""
+"""Windows that slide over spatial axes: the kernel, strides, dilations and padding of convolutions and poolings."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.frontend.onnx.node import Node
 from trimtab.ir import ops
 from trimtab.ir.core import Value
-from trimtab.ir.dims import Dim, floordiv
+from trimtab.ir.dims import Dim
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ def read_window(node: Node, x: Value, kernel: Sequence[int]) -> Window:
     if spatial < 1 or not len(kernel) == len(stride) == len(dilation) == spatial or len(pads) != 2 * spatial:
         node.inconsistent("kernel, strides, dilations and pads fit the spatial axes", spatial=spatial, kernel=kernel)
     if min(*kernel, *stride, *dilation) < 1:
-        node.inconsistent("kernel, strides and dilations are positive", kernel=kernel, strides=stride, dilations=dilation)
+        node.inconsistent(
+            "kernel, strides and dilations are positive", kernel=kernel, strides=stride, dilations=dilation
+        )
     if max(*kernel, *stride, *dilation, *map(abs, pads)) > 1 << 20:
         node.inconsistent("absurdly large numbers", kernel=kernel, strides=stride, dilations=dilation, pads=pads)
+    if math.prod(kernel) > 1 << 20:
+        node.inconsistent("an absurdly large kernel", kernel=kernel)
     before, after = tuple(pads[:spatial]), tuple(pads[spatial:])
     node.ignore("kernel_shape", "pads")
     mode = node.string_attr("auto_pad", "NOTSET")
@@ -64,7 +69,7 @@ def _same(node: Node, size: Dim, extent: int, stride: int, mode: str) -> tuple[i
     if stride == 1:
         total = extent - 1
     elif isinstance(size, int):
-        total = max((floordiv(size + stride - 1, stride) - 1) * stride + extent - size, 0)
+        total = max((-(-size // stride) - 1) * stride + extent - size, 0)
     else:
         node.refuse("auto_pad along a dynamic axis", "fix its size with from_onnx(..., dims={...})", size=size)
     low = total // 2 if mode == "SAME_UPPER" else total - total // 2

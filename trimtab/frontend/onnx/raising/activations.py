@@ -21,8 +21,10 @@ def raise_silu(op: Mul, site: Site) -> Value | None:
 
 
 def raise_gelu(op: Mul | Div, site: Site) -> Value | None:
-    """``0.5 * x * (1 + erf(x / sqrt 2))`` or ``0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))``, the factors in
-    any order."""
+    """``0.5 * x * (1 + erf(x / sqrt 2))`` or ``0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))``.
+
+    The factors may come in any order and grouping.
+    """
     constant, factors = _product(op.result, site)
     if len(factors) != 2 or not close(constant, 0.5, op.result.type.dtype):
         return None
@@ -39,15 +41,17 @@ def raise_gelu(op: Mul | Div, site: Site) -> Value | None:
         if erf is not None and set(terms) == {1} and close(terms[1], math.sqrt(0.5), dtype):
             return site.insert(Gelu(x))
         slope = math.sqrt(2 / math.pi)
-        if tanh is not None and set(terms) == {1, 3} and close(terms[1], slope, dtype):
-            if close(terms[3], slope * 0.044715, dtype):
-                return site.insert(Gelu(x, approximate="tanh"))
+        wanted = {1: slope, 3: slope * 0.044715}
+        if tanh is not None and set(terms) == {1, 3} and all(close(terms[n], wanted[n], dtype) for n in wanted):
+            return site.insert(Gelu(x, approximate="tanh"))
     return None
 
 
 def _product(value: Value, site: Site) -> tuple[float, list[Value]]:
     """``value`` as a constant times factors. Looks through products that nothing else reads."""
-    constant, factors, waiting = 1.0, [], [value]
+    constant = 1.0
+    factors: list[Value] = []
+    waiting = [value]
     while waiting and len(factors) < MAX_TERMS:
         current = waiting.pop()
         scalar = site.scalar(current)

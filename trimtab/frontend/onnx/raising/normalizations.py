@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from trimtab.frontend.onnx.node import shortest_float
-from trimtab.frontend.onnx.raising.matching import Site, either_way, plus_constant, produced_by, read_once, same, square_of
+from trimtab.frontend.onnx.raising.matching import (
+    Site,
+    either_way,
+    plus_constant,
+    produced_by,
+    read_once,
+    same,
+    square_of,
+)
 from trimtab.ir.core import Value
 from trimtab.ir.ops import Add, Div, LayerNorm, Mean, Mul, Reciprocal, RmsNorm, Rsqrt, Sqrt, Sub
 
