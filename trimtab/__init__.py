@@ -14,7 +14,7 @@ from trimtab.errors import TrimtabError
 if TYPE_CHECKING:
     from trimtab.compiler import Artifact, compile
     from trimtab.frontend.onnx import from_onnx
-    from trimtab.frontend.torch_export import trace
+    from trimtab.frontend.torch_export.trace import trace
     from trimtab.ir import Module, interpret
     from trimtab.ir.storage import read_module as read
     from trimtab.ir.storage import write_module as write

@@ -25,7 +25,7 @@ def compile_command(
     model: ModelArgument,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The artifact to write; by default MODEL's name with .trim."),
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write; by default MODEL's name with .trim."),
     ] = None,
     target: Annotated[
         str | None,
@@ -44,7 +44,7 @@ def compile_command(
         bool,
         typer.Option(
             "--runtime-library/--no-runtime-library",
-            help="Carry the backend's runtime library in the file, so that the device needs numpy and apache-tvm-ffi only.",
+            help="Carry the backend's runtime library in the file; without it the device needs the backend installed.",
         ),
     ] = True,
     json: JsonOption = False,

@@ -140,7 +140,7 @@ def _count(module: Any) -> int:
 
 
 def _run_without_torch(path: Path, images: Array, folder: Path, threads: int) -> tuple[Array, dict[str, Any]]:
-    """Logits of all images from a fresh process that has neither torch nor tvm loaded, and what it says about itself."""
+    """Logits of all images from a fresh process without torch and tvm, and what that process says about itself."""
     import numpy as np
 
     images_path, logits_path = folder / "images.npy", folder / "logits.npy"

@@ -93,7 +93,7 @@ def build_contenders(model: torch.nn.Module, session: Session, folder: Path, thr
 
 
 def _export(model: torch.nn.Module, path: Path, notes: list[str]) -> Path | None:
-    """The model as ONNX with a dynamic batch, for the other runtimes; None, with a note, where torch cannot write it."""
+    """The model as ONNX with a dynamic batch, for the other runtimes; None and a note where torch cannot write it."""
     import torch
 
     if importlib.util.find_spec("onnxscript") is None:
@@ -144,7 +144,7 @@ def _add_openvino(found: Contenders, path: Path, threads: int) -> None:
     if importlib.util.find_spec("openvino") is None:
         found.notes.append("OpenVINO is left out: it is not installed (pip install openvino)")
         return
-    import openvino  # a contender, not a dependency
+    import openvino
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",

@@ -15,7 +15,9 @@ def inspect_command(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A .trim artifact, a .onnx, .pt2 or .ttir file, or file.py:function.", show_default=False
+            metavar="MODEL",
+            help="A .trim artifact, a .onnx, .pt2 or .ttir file, or file.py:function.",
+            show_default=False,
         ),
     ],
     ops: Annotated[bool, typer.Option("--ops", help="Print the text of the IR instead.")] = False,
@@ -24,12 +26,14 @@ def inspect_command(
     ] = False,
     size: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=N", help="Count MACs and bytes for this dynamic size, such as batch=8 (repeatable)."),
+        typer.Option(
+            metavar="NAME=N", help="A dynamic size to count MACs and bytes for, such as batch=8 (repeatable)."
+        ),
     ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show the signature, ops, MACs, parameters and bytes of a model; of an artifact also target, passes and versions."""
+    """Show signature, ops, MACs, parameters and bytes of a model; of an artifact also target, passes and versions."""
     sizes = split_counts("--size", size or (), "batch=8")
     if Path(model).suffix == ".trim":
         document = _inspect_artifact(Path(model), ops, full, sizes)
@@ -70,7 +74,7 @@ def _inspect_artifact(path: Path, ops: bool, full: bool, sizes: Mapping[str, int
         "outputs": [str(spec) for spec in manifest.outputs],
         "symbols": [str(symbol) for symbol in manifest.symbols],
         "weights": len(manifest.weights),
-        "weight_bytes": sum(record.nbytes for record in map(reader.weights().__getitem__, _names(manifest))),
+        "weight_bytes": sum(record.array.nbytes for record in reader.weights().values()),
         "pipeline": manifest.pipeline,
         "passes_applied": _applied(manifest.report),
         "memory": manifest.memory,
@@ -94,10 +98,6 @@ def _inspect_artifact(path: Path, ops: bool, full: bool, sizes: Mapping[str, int
     if full:
         document = {**_count(text, path, sizes), **document}
     return {**document, "text": text} if ops else document
-
-
-def _names(manifest: Any) -> list[str]:
-    return [weight.name for weight in manifest.weights]
 
 
 def _count(text: str, path: Path, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -111,5 +111,10 @@ def trial_compilation() -> dict[str, Any]:
             path = Path(directory) / "trial.trim"
             trimtab.compile(builder.module, target="native", name="doctor's trial").save(path)
     except TrimtabError as error:
-        return {"works": False, "seconds": time.perf_counter() - start, "error": error.to_dict(), "message": error.message}
+        return {
+            "works": False,
+            "seconds": time.perf_counter() - start,
+            "error": error.to_dict(),
+            "message": error.message,
+        }
     return {"works": True, "seconds": time.perf_counter() - start, "error": None, "message": ""}

@@ -31,10 +31,10 @@ def load_model(spec: str) -> Module:
         ImportModelError: the model cannot be imported, or the user's function failed; names the line that raised.
         MissingDependencyError: torch or another package for this form is not installed.
     """
-    path, colon, function = spec.rpartition(":")
-    if colon and path.endswith(".py"):
+    file, colon, function = spec.rpartition(":")
+    if colon and file.endswith(".py"):
         require_torch()
-        return _from_function(Path(path), function)
+        return _from_function(Path(file), function)
     path = Path(spec)
     loader = _LOADERS.get(path.suffix.lower())
     if loader is None:
@@ -141,7 +141,8 @@ def _call_function(path: Path, name: str) -> Any:
     module = _run_file(path)
     function = getattr(module, name, None)
     if not callable(function):
-        defined = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v)]
+        own = module.__name__
+        defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == own]
         raise UsageError(
             "the file has no such function",
             values={"file": path, "function": name},

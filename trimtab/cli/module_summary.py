@@ -48,7 +48,7 @@ def summarize(module: Module, sizes: Mapping[str, int]) -> dict[str, Any]:
         "op_count": sum(ops.values()),
         "macs": sum(macs.values()),
         "weights": len(module.weights),
-        "parameters": sum(int(weight.type.elements) for weight in module.weights.values()),
+        "parameters": sum(int(evaluate(weight.type.elements, {})) for weight in module.weights.values()),
         "weight_bytes": module.weight_bytes,
         "activation_peak_bytes": _activation_peak(module, bound),
     }

@@ -107,6 +107,12 @@ def _observers(dump: Path | None, update: Any, pipeline: str) -> list[Observer]:
     return [ShowProgress(), *([Dump(dump)] if dump is not None else [])]
 
 
+def _drift_text(drift: dict[str, Any] | None) -> str:
+    if drift is None:
+        return "not measured"
+    return f"{drift['relative']:.2g} relative" if drift["differing"] else "none"
+
+
 def _print(document: dict[str, Any]) -> None:
     from trimtab.cli.output import console, table, text_bytes, text_seconds
 
@@ -121,13 +127,12 @@ def _print(document: dict[str, Any]) -> None:
         if not row["changed"]:
             unchanged.append(row["text"])
             continue
-        drift = row["drift"]
         rows.add_row(
             row["text"],
             row["contract"],
             f"{row['ops_before']} -> {row['ops_after']}",
             text_bytes(row["weight_bytes_after"]),
-            "not measured" if drift is None else "none" if not drift["differing"] else f"{drift['relative']:.2g} relative",
+            _drift_text(row["drift"]),
             text_seconds(row["seconds"]),
             text_seconds(row["check_seconds"]),
         )

@@ -69,20 +69,21 @@ def table(title: str, columns: Sequence[str], right: Iterable[str] = ()) -> Tabl
 
 def text_bytes(count: float) -> str:
     """``512 B``, ``3.4 MB``: powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
-        count /= 1000
-    raise AssertionError  # the loop always returns at GB
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
 def text_count(count: float) -> str:
     """``950``, ``12.3 k``, ``86.6 M``, ``17.6 G``."""
-    for unit in ("", " k", " M", " G", " T"):
-        if count < 1000 or unit == " T":
-            return f"{count:.0f}" if not unit else f"{count:.3g}{unit}" if count < 100 else f"{count:.0f}{unit}"
-        count /= 1000
-    raise AssertionError  # the loop always returns at T
+    return _scaled(count, ("", "k", "M", "G", "T"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    """Three digits and a unit, each unit 1000 times the one before."""
+    step = 0
+    while round(count) >= 1000 and step < len(units) - 1:
+        count, step = count / 1000, step + 1
+    number = f"{count:.0f}" if step == 0 or count >= 100 else f"{count:.3g}"
+    return f"{number} {units[step]}".strip()
 
 
 def text_seconds(seconds: float) -> str:

@@ -12,7 +12,8 @@ from trimtab.cli.command_options import DebugOption, JsonOption
 
 def passes_command(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Show the documentation of this pass or group.", show_default=False)
+        str | None,
+        typer.Argument(metavar="NAME", help="Show the documentation of this pass or group.", show_default=False),
     ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -86,9 +87,7 @@ def _one(name: str) -> dict[str, Any]:
         return _group(name)
     if name not in pass_names():
         known = [*group_names(), *sorted(pass_names())]
-        raise UsageError(
-            f"there is no pass {name}", values={"known": ", ".join(known)}, fix=did_you_mean(name, known)
-        )
+        raise UsageError(f"there is no pass {name}", values={"known": ", ".join(known)}, fix=did_you_mean(name, known))
     load_pass(name)  # raises when its package is broken
     return _pass(name)
 

@@ -27,7 +27,10 @@ def run_command(
     input: Annotated[
         list[str] | None,
         typer.Option(
-            "--input", "-i", metavar="FILE", help="An .npz file with one array per input, or name=file.npy (repeatable)."
+            "--input",
+            "-i",
+            metavar="FILE",
+            help="An .npz file with one array per input, or name=file.npy (repeatable).",
         ),
     ] = None,
     random: Annotated[
@@ -126,7 +129,11 @@ def _describe(name: str, dtype: str, array: Array) -> dict[str, Any]:
     finite = values[np.isfinite(values)] if values.dtype.kind in "fc" else values
     if finite.size and values.dtype.kind != "c":
         kind = float if values.dtype.kind == "f" else int
-        described |= {"min": kind(finite.min()), "mean": float(finite.mean(dtype=np.float64)), "max": kind(finite.max())}
+        described |= {
+            "min": kind(finite.min()),
+            "mean": float(finite.mean(dtype=np.float64)),
+            "max": kind(finite.max()),
+        }
     if finite.size != values.size:
         described["not_finite"] = int(values.size - finite.size)
     return described
