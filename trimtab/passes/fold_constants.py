@@ -75,7 +75,7 @@ class FoldConstants(Pass):
         if size > _EAGER_BYTES and not _never_fails(op):
             return False
         try:
-            source = ComputedSource(compute) if size > _EAGER_BYTES else TorchSource(compute().clone())
+            source = ComputedSource(compute) if size > _EAGER_BYTES else TorchSource(compute().contiguous().clone())
         except TrimtabError:
             return False  # the data is missing, or the op refuses these values: for whoever runs the module to see
         operands = set(op.operands)

@@ -108,6 +108,7 @@ class _Run:
         try:
             for observer in self._observers:
                 observer.before_pass(step)
+            self._ctx.take_notes()
             claimed = pass_.run(after, self._ctx)
             row.notes += self._ctx.take_notes()
             row.ops_after, row.weight_bytes_after = _size(after)
