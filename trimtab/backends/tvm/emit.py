@@ -6,23 +6,30 @@ the functions, never constants in the code.  A ``repeat`` body becomes a functio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvm import ir, relax, te, tirx
+from tvm import ir, relax, s_tir, te, tirx
 
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.layouts import Layout, choose_layouts
+from trimtab.backends.tvm.codegen.program import LOOPS
+from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.creation import constant_of
 from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, tvm_dtype
 from trimtab.errors import BackendError, InternalError, TrimtabError
 from trimtab.ir import ops
+from trimtab.ir.attributes import attribute_symbols
 from trimtab.ir.core import Graph, Module, Value
-from trimtab.ir.dims import as_symbol, symbols_of
+from trimtab.ir.dims import as_symbol
 from trimtab.ir.op import Op
 from trimtab.ir.types import TensorType
+
+
+ALIGNMENT = 64
+"""Bytes to which generated code expects every tensor to be aligned."""
 
 
 @dataclass
@@ -47,6 +54,15 @@ def emit(module: Module, machine: Machine) -> Emitted:
     return _ModuleEmitter(module, machine).emit()
 
 
+@dataclass(frozen=True)
+class _Body:
+    """The function of a repeat's body and the parameters it takes after the body's inputs."""
+
+    function: Any
+    weights: list[str]
+    symbols: list[str]
+
+
 class _ModuleEmitter:
     def __init__(self, module: Module, machine: Machine) -> None:
         self.module = module
@@ -55,23 +71,45 @@ class _ModuleEmitter:
         self.builder = relax.BlockBuilder()
         self.functions: dict[Any, Any] = {}
         self.origins: dict[str, list[Op]] = {}
-        self.bodies = 0
+        self.bodies: dict[Op, _Body] = {}
+        self.packed: dict[Value, int] = packed_inputs(module, self.layouts)
 
     def emit(self) -> Emitted:
         graph = self.module.main
         weights = _weights_read(graph)
+        for op in graph.walk():
+            if isinstance(op, ops.Repeat):
+                self._emit_body(op)
         self.emit_function("main", graph, weights)
         return Emitted(self.builder.get(), weights, self.layouts, self.origins)
+
+    def _emit_body(self, op: Any) -> None:
+        """The function of a repeat's body. Nested ones come first, because it calls them."""
+        if op in self.bodies:
+            return
+        for inner in op.body.walk():
+            if isinstance(inner, ops.Repeat):
+                self._emit_body(inner)
+        weights = _weights_read(op.body)
+        types = [value.type for value in op.body.inputs]
+        used = {s.name for inner in op.body.walk() for v in (*inner.operands, *inner.results) for s in v.type.symbols}
+        used |= {s.name for inner in op.body.walk() for a in inner.attributes.values() for s in attribute_symbols(a)}
+        shown = {found.name for type in types for dim in type.shape if (found := as_symbol(dim)) is not None}
+        symbols = sorted((used | {s.name for type in types for s in type.symbols}) - shown)
+        function = self.emit_function(f"repeat_body_{len(self.bodies)}", op.body, weights, symbols)
+        self.bodies[op] = _Body(function, weights, symbols)
 
     def emit_function(self, name: str, graph: Graph, weights: Sequence[str], symbols: Sequence[str] = ()) -> Any:
         """A Relax function for ``graph`` with its weights, and the symbols its shapes do not show, as parameters."""
         scope = Scope(self.machine)
-        inputs = [relax.Var(value.name or f"input{i}", _relax_type(value.type, scope)) for i, value in enumerate(graph.inputs)]
+        inputs = [
+            relax.Var(value.name or f"input{i}", self._input_type(value, scope)) for i, value in enumerate(graph.inputs)
+        ]
         tables = [relax.Var(_identifier(id), self._weight_type(id)) for id in weights]
         sizes = [scope.dim_variable(symbol) for symbol in symbols]
         private = name != "main"
-        with self.builder.function(name, [*inputs, *tables, *sizes], attrs={"num_input": len(inputs)} if not private else {},
-                                   private=private):
+        attributes = {} if private else {"num_input": len(inputs)}
+        with self.builder.function(name, [*inputs, *tables, *sizes], attrs=attributes, private=private):
             with self.builder.dataflow():
                 body = _GraphEmitter(self, graph, scope)
                 body.values.update(zip(graph.inputs, inputs, strict=True))
@@ -80,6 +118,13 @@ class _ModuleEmitter:
                 output = self.builder.emit_output(relax.Tuple(results))
             self.builder.emit_func_output(output)
         return self.builder.get().get_global_var(name)
+
+    def _input_type(self, value: Value, scope: Scope) -> Any:
+        block = self.packed.get(value, 0)
+        if not block:
+            return _relax_type(value.type, scope)
+        shape = Layout("panels", block).stored_shape(tuple(int(d) for d in value.type.shape))  # type: ignore[arg-type]
+        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(value.type.dtype))
 
     def _weight_type(self, id: str) -> Any:
         weight = self.module.weights[id]
@@ -127,7 +172,7 @@ class _GraphEmitter:
     def _emit(self, op: Op) -> None:
         if isinstance(op, ops.Repeat):
             self._emit_repeat(op)
-        elif isinstance(op, ops.Reshape) and _constant_producer(op.x) is None:
+        elif isinstance(op, ops.Reshape) and _constant_producer(op.x) is None and 0 not in op.shape:
             shape = relax.ShapeExpr(self.scope.shape(op.shape))
             self.values[op.result] = self.owner.builder.emit(relax.op.reshape(self.read(op.x), shape))
         elif _constant_producer(op.results[0]) is not None:
@@ -192,17 +237,42 @@ class _GraphEmitter:
         ):
             # Result axis i of a permutation is stored as axis dims[i] of its operand.
             return _Argument(value.type, self.read(producer.x), order=producer.dims, stored=producer.x.type)
-        return _Argument(value.type, self.read(value))
+        return _Argument(value.type, self.read(value), packed=self.owner.packed.get(value, 0))
 
     def _emit_repeat(self, op: Any) -> None:
-        owner = self.owner
-        weights = _weights_read(op.body)
-        symbols = sorted({s.name for graph in [op.body] for v in graph.inputs for s in v.type.symbols})
-        owner.bodies += 1
-        name = f"repeat_body_{owner.bodies}"
-        current = owner.builder
-        owner.builder = relax.BlockBuilder(current.get()) if False else current
-        raise InternalError("repeat", values={"name": name, "weights": weights, "symbols": symbols})
+        """n calls of the body's function; slices of stacked weights are views, so nothing is copied."""
+        body = self.owner.bodies[op]
+        builder = self.owner.builder
+        tables = [self.weights[id] for id in body.weights]
+        sizes = [self.scope.dim_variable(name) for name in body.symbols]
+        carried = [self.read(value) for value in op.carried]
+        invariants = [self.read(value) for value in op.invariants]
+        for iteration in range(op.n):
+            slices = [self._slice(value, iteration) for value in op.stacked]
+            call = ir.Call(body.function, [*carried, *slices, *invariants, *tables, *sizes])
+            outcome = builder.emit(call)
+            carried = [builder.emit(relax.TupleGetItem(outcome, n)) for n in range(len(carried))]
+        self.values.update(zip(op.results, carried, strict=True))
+
+    def _slice(self, value: Value, iteration: int) -> Any:
+        """Slice ``iteration`` of a stacked value along its leading axis."""
+        builder = self.owner.builder
+        if value.is_weight:
+            layout = self.owner.layouts[value.weight]
+            shape = layout.stored_shape(tuple(int(d) for d in value.type.shape))[1:]  # type: ignore[arg-type]
+            size = math.prod(shape) * max(value.type.dtype.bits // 8, 1)
+            if size % ALIGNMENT == 0:
+                extents = relax.ShapeExpr([tirx.const(d, "int64") for d in shape])
+                view = relax.op.memory.view(self.weights[value.weight], extents, None, tirx.const(iteration * size, "int64"))
+                return builder.emit(view)
+        return self._call_one(ops.Select(value, 0, iteration))
+
+    def _call_one(self, op: Op) -> Any:
+        """Emit an op that is not part of the graph."""
+        self._call(op)
+        outcome = self.values.pop(op.result)
+        op._drop_reads()
+        return outcome
 
 
 @dataclass(frozen=True)
@@ -283,7 +353,9 @@ def _build_function(owner: _ModuleEmitter, op: Op, rule: Rule, arguments: Sequen
         body = rule.function(op, scope, targets, *operands)
         symbols = scope.free_symbols(stored_types)
         params = [*leaves, *(scope.variables[name] for name in symbols), *(target.buffer for target in targets)]
-        function = tirx.PrimFunc(params, body)
+        # Passes that look for blocks expect a root block in every function.
+        root = s_tir.SBlock([], [], [], "root", body)
+        function = tirx.PrimFunc(params, s_tir.SBlockRealize([], True, root)).with_attr(LOOPS, 1)
     else:
         outcome = rule.function(op, scope, *operands)
         results = outcome if isinstance(outcome, list) else [outcome]

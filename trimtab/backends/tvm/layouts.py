@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.ir import ops
-from trimtab.ir.core import Module
+from trimtab.ir.core import Module, Use, Value
 from trimtab.ir.weights import Weight
 
 if TYPE_CHECKING:
@@ -38,27 +38,26 @@ class Layout:
         """Shape in storage of a weight whose plain shape is ``shape``."""
         if self.is_plain:
             return shape
-        rows, depth = shape
-        return (-(-rows // self.block), depth, self.block)
+        *stack, rows, depth = shape
+        return (*stack, -(-rows // self.block), depth, self.block)
 
     def pack(self, data: torch.Tensor) -> torch.Tensor:
         """The stored form of ``data``."""
         if self.is_plain:
             return data
-        import torch
-
-        rows, depth = data.shape
-        panels, _, block = self.stored_shape((rows, depth))
-        stored = torch.zeros(panels, block, depth, dtype=data.dtype)
-        stored.view(-1, depth)[:rows] = data
-        return stored.transpose(1, 2).contiguous()
+        *stack, rows, depth = data.shape
+        padded = -(-rows // self.block) * self.block
+        full = data.new_zeros(*stack, padded, depth) if padded != rows else data
+        if padded != rows:
+            full[..., :rows, :] = data
+        return full.reshape(*stack, -1, self.block, depth).transpose(-1, -2).contiguous()
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The plain form of what :meth:`pack` made from a weight of ``shape``."""
         if self.is_plain:
             return stored
-        rows, depth = shape
-        return stored.transpose(1, 2).reshape(-1, depth)[:rows].contiguous()
+        *stack, rows, depth = shape
+        return stored.transpose(-1, -2).reshape(*stack, -1, depth)[..., :rows, :].contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a manifest."""
@@ -81,31 +80,51 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
 
     data = weight.tensor()
     step = layout.block * panels_at_once
-    for start in range(0, data.shape[0], step):
-        stored = layout.pack(data[start : start + step])
-        yield memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+    for matrix in data.reshape(-1, *data.shape[-2:]):
+        for start in range(0, matrix.shape[0], step):
+            stored = layout.pack(matrix[start : start + step])
+            yield memoryview(stored.reshape(-1).view(torch.uint8).numpy())
 
 
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
     """A layout for every weight: panels for a matrix that only linear layers read, else plain."""
-    readers: dict[str, list[Any]] = {id: [] for id in module.weights}
+    readers: dict[str, list[Use]] = {id: [] for id in module.weights}
     for graph in module.all_graphs():
         for value in graph.weights:
-            readers[value.weight] += [(use.user, use.index) for use in value.uses]
+            readers[value.weight] += value.uses
     layouts = {}
     for id, uses in readers.items():
         weight = module.weights[id]
-        only_linear = all(isinstance(user, ops.Linear) and index == 1 for user, index in uses)
-        if uses and only_linear and weight.type.dtype.is_floating:
-            layouts[id] = Layout("panels", _panel_width(weight, machine))
-        else:
-            layouts[id] = PLAIN
+        packable = bool(uses) and weight.type.dtype.is_floating and all(map(_is_linear_weight, uses))
+        layouts[id] = Layout("panels", _panel_width(weight, machine)) if packable else PLAIN
     return layouts
+
+
+def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, int]:
+    """Inputs of repeat bodies that are slices of packed stacked weights, with their panel width."""
+    packed: dict[Value, int] = {}
+    for op in module.walk():
+        if isinstance(op, ops.Repeat):
+            for value, inner in zip(op.stacked, op.body.inputs[len(op.carried) :], strict=False):
+                if value.is_weight and not layouts[value.weight].is_plain:
+                    packed[inner] = layouts[value.weight].block
+    return packed
+
+
+def _is_linear_weight(use: Use) -> bool:
+    """Whether a use reads the matrix of a linear layer, or stacks it for the linear layers of a repeat's body."""
+    op = use.user
+    if isinstance(op, ops.Linear):
+        return use.index == 1
+    if isinstance(op, ops.Repeat) and len(op.carried) <= use.index < len(op.carried) + len(op.stacked):
+        uses = op.body.inputs[use.index].uses
+        return bool(uses) and all(isinstance(u.user, ops.Linear) and u.index == 1 for u in uses)
+    return False
 
 
 def _panel_width(weight: Weight, machine: Machine) -> int:
     """The tile width that wastes least padding, the machine's preferred one on a tie."""
-    columns = int(weight.type.shape[0])  # type: ignore[arg-type]
+    columns = int(weight.type.shape[-2])  # type: ignore[arg-type]
     work = "float64" if weight.type.dtype.bits == 64 else "float32"
     widths = [vectors * machine.lanes(work) for rows, vectors in machine.tiles if rows * vectors >= machine.chains]
     return min(dict.fromkeys(widths), key=lambda width: -(-columns // width) * width)

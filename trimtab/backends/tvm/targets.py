@@ -10,6 +10,8 @@ from typing import Any
 from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
 from trimtab.errors import UsageError
 
+HOST_LINKERS = ("cc", "gcc", "clang")
+
 _V2 = ("cx16", "sahf", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -34,7 +36,7 @@ class TargetSpec:
     cpu: str
     features: tuple[str, ...]
     machine: Machine
-    compiler: tuple[str, ...] = ("cc", "gcc", "clang")
+    compiler: tuple[str, ...] = HOST_LINKERS
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def tvm_target(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class TargetSpec:
 _LINUX_X86 = "x86_64-unknown-linux-gnu"
 _LINUX_ARM = "aarch64-unknown-linux-gnu"
 
-_TARGETS = {
+TARGETS = {
     "x86-64-v2": TargetSpec("x86-64-v2", _LINUX_X86, "x86-64-v2", _V2, SCALAR),
     "x86-64-v3": TargetSpec("x86-64-v3", _LINUX_X86, "x86-64-v3", _V3, AVX2),
     "x86-64-v4": TargetSpec("x86-64-v4", _LINUX_X86, "x86-64-v4", _V4, AVX512),
@@ -62,7 +64,7 @@ DEFAULT_TARGET = "x86-64-v3"
 
 def target_names() -> list[str]:
     """Names that :func:`find_target` accepts."""
-    return ["native", *_TARGETS]
+    return ["native", *TARGETS]
 
 
 def find_target(name: str = "", threads: int | None = None) -> TargetSpec:
@@ -73,12 +75,12 @@ def find_target(name: str = "", threads: int | None = None) -> TargetSpec:
     """
     is_arm = platform.machine() in ("aarch64", "arm64")
     name = name or ("aarch64" if is_arm else DEFAULT_TARGET)
-    spec = native_target() if name == "native" else _TARGETS.get(name)
+    spec = native_target() if name == "native" else TARGETS.get(name)
     if spec is None:
         raise UsageError("unknown target", values={"target": name, "known": target_names()},
                          fix="use one of the known targets; `native` means this machine")  # fmt: skip
     if is_arm and spec.triple == _LINUX_ARM:
-        spec = replace(spec, compiler=("cc", "gcc", "clang"))
+        spec = replace(spec, compiler=HOST_LINKERS)
     return spec.with_threads(threads or default_threads())
 
 
@@ -95,7 +97,7 @@ def native_target() -> TargetSpec:
 
     cpu = str(codegen.llvm_get_system_cpu())
     if platform.machine() in ("aarch64", "arm64"):
-        return TargetSpec("native", _LINUX_ARM, cpu, _TARGETS["aarch64"].features, NEON, ("cc", "gcc", "clang"))
+        return TargetSpec("native", _LINUX_ARM, cpu, TARGETS["aarch64"].features, NEON)
     flags = host_features()
     wide = all(feature in flags for feature in _V4)
     machine = AVX512 if wide else AVX2 if all(feature in flags for feature in _V3) else SCALAR

@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm import tirx
 
+from trimtab.backends.tvm.codegen.comparison import eq, larger
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product
 from trimtab.backends.tvm.codegen.gemm import Tile, accumulate_tile
 from trimtab.backends.tvm.codegen.loops import (
@@ -268,8 +269,7 @@ class _Attention:
         def with_sums(acc: Any) -> Stmt:
             def largest(n: Expr) -> Stmt:
                 def step(c: Expr) -> Stmt:
-                    best, value = load(acc, c), load(scores, r, n * index(lanes) + c)
-                    return store(acc, [c], tirx.Select(tirx.Or(value <= best, best != best), best, value))
+                    return store(acc, [c], larger(load(acc, c), load(scores, r, n * index(lanes) + c)))
 
                 return lanes_of(index(0), lanes, step)
 
@@ -293,19 +293,16 @@ class _Attention:
 
                 return loop(vectors_padded, at, name="vector")
 
-            def greater(a: Expr, b: Expr) -> Expr:
-                return tirx.Select(tirx.Or(b <= a, a != a), a, b)
-
             zero, one = tirx.const(0, p.dtype), tirx.const(1, p.dtype)
             return sequence(
                 lanes_of(index(0), lanes, lambda c: store(acc, [c], self.low)),
                 loop(vectors_padded, largest, name="vector"),
-                self._fold(acc, greater),
-                bind(tirx.Select(load(acc, index(0)) == self.low, zero, load(acc, index(0))), lambda shift: sequence(
+                self._fold(acc, larger),
+                bind(tirx.Select(eq(load(acc, index(0)), self.low), zero, load(acc, index(0))), lambda shift: sequence(
                     lanes_of(index(0), lanes, lambda c: store(acc, [c], zero)),
                     powers(shift),
                     self._fold(acc, lambda a, b: a + b),
-                    bind(tirx.Select(load(acc, index(0)) == zero, zero, one / load(acc, index(0))), scale, "factor"),
+                    bind(tirx.Select(eq(load(acc, index(0)), zero), zero, one / load(acc, index(0))), scale, "factor"),
                 ), "shift"),
             )  # fmt: skip
 

@@ -19,7 +19,9 @@ CallRule = Callable[[str, str, list[Expr]], Expr | None]
 _BINARY = (
     tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max,
     tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or,
+    tirx.LShift, tirx.RShift, tirx.BitwiseAnd, tirx.BitwiseOr, tirx.BitwiseXor,
 )  # fmt: skip
+_UNARY = (tirx.Not, tirx.BitwiseNot)
 _LEAVES = (tirx.IntImm, tirx.FloatImm, ir.StringImm)
 
 
@@ -41,7 +43,7 @@ def rewrite(
         load: called with a buffer and its rewritten indices; returns a replacement for the load, or None to keep it.
         call: called with the name of an intrinsic, its result type and rewritten arguments; None keeps the call.
     """
-    table = variables or {}
+    table = dict(variables or {})
 
     def visit(node: Expr) -> Expr:
         if isinstance(node, ir.Var):
@@ -59,10 +61,13 @@ def rewrite(
             return tirx.Cast(dtype_of(node), visit(node.value))
         if isinstance(node, tirx.Select):
             return tirx.Select(visit(node.condition), visit(node.true_value), visit(node.false_value))
-        if isinstance(node, tirx.Not):
-            return tirx.Not(visit(node.a))
+        if isinstance(node, _UNARY):
+            return type(node)(visit(node.a))
         if isinstance(node, tirx.Let):
-            return tirx.Let(node.var, visit(node.value), visit(node.body))
+            # A fresh variable each time: an expression may be copied into several places of a function.
+            value, fresh = visit(node.value), tirx.Var(node.var.name, node.var.ty)
+            table[node.var] = fresh
+            return tirx.Let(fresh, value, visit(node.body))
         if isinstance(node, ir.Call):
             args = [visit(arg) for arg in node.args]
             name = getattr(node.op, "name", "")
@@ -95,7 +100,7 @@ def visit_nodes(expr: Expr) -> Iterable[Expr]:
             stack.append(node.value)
         elif isinstance(node, tirx.Select):
             stack += [node.condition, node.true_value, node.false_value]
-        elif isinstance(node, tirx.Not):
+        elif isinstance(node, _UNARY):
             stack.append(node.a)
         elif isinstance(node, tirx.Let):
             stack += [node.value, node.body]
@@ -148,3 +153,36 @@ def let(value: Expr, body: Callable[[Expr], Expr], name: str = "t") -> Expr:
         return body(value)
     var = tirx.Var(name, value.ty)
     return tirx.Let(var, value, body(var))
+
+
+def hoist_lets(expr: Expr) -> tuple[list[tuple[Any, Expr]], Expr]:
+    """The bindings inside an expression, in order, and the expression without them.
+
+    TVM's passes take time exponential in the depth of let expressions nested in each other's values, so code is
+    emitted with let statements instead.  All of our expressions may be evaluated unconditionally.
+    """
+    bindings: list[tuple[Any, Expr]] = []
+
+    def strip(node: Expr) -> Expr:
+        if isinstance(node, tirx.Let):
+            bindings.append((node.var, strip(node.value)))
+            return strip(node.body)
+        if isinstance(node, (ir.Var, *_LEAVES)):
+            return node
+        if isinstance(node, _BINARY):
+            a, b = strip(node.a), strip(node.b)
+            return node if a.same_as(node.a) and b.same_as(node.b) else type(node)(a, b)
+        if isinstance(node, ir.TensorLoad):
+            return tirx.BufferLoad(node.source, [strip(index) for index in node.indices])
+        if isinstance(node, tirx.Cast):
+            return tirx.Cast(dtype_of(node), strip(node.value))
+        if isinstance(node, tirx.Select):
+            return tirx.Select(strip(node.condition), strip(node.true_value), strip(node.false_value))
+        if isinstance(node, _UNARY):
+            return type(node)(strip(node.a))
+        if isinstance(node, ir.Call):
+            return ir.Call(node.op, [strip(arg) for arg in node.args], ret_ty=node.ty)
+        return node
+
+    result = strip(expr)
+    return bindings, result

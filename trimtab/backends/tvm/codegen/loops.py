@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
-from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, hoist_lets, int_value, rewrite
 
 Stmt = Any
 INDEX = "int64"
@@ -15,6 +15,11 @@ INDEX = "int64"
 
 def index(value: int) -> Expr:
     return tirx.const(value, INDEX)
+
+
+def nothing() -> Stmt:
+    """A statement without effect."""
+    return tirx.Evaluate(tirx.const(0, "int32"))
 
 
 def sequence(*statements: Stmt | None) -> Stmt:
@@ -36,8 +41,43 @@ def loop(
     """A loop from 0; extent 1 vanishes. ``kind`` is serial, parallel, vectorized or unrolled."""
     if int_value(extent) == 1:
         return body(index(0))
+    if int_value(extent) == 0:
+        return nothing()
     var = tirx.Var(name, INDEX)
-    return tirx.For(var, index(0), as_index(extent), getattr(tirx.ForKind, kind.upper()), body(var))
+    inner = body(var)
+    allocations: list[Stmt] = []
+    if kind == "vectorized":
+        allocations, inner = _widen_temporaries(inner, var, extent)
+    return sequence(*allocations, tirx.For(var, index(0), as_index(extent), getattr(tirx.ForKind, kind.upper()), inner))
+
+
+def _widen_temporaries(body: Stmt, lane: Expr, width: Expr | int) -> tuple[list[Stmt], Stmt]:
+    """Give the one-element temporaries of a vectorised body one element a lane, allocated outside of it."""
+    statements = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
+    wide: list[tuple[Any, Any]] = []
+    for statement in statements:
+        if isinstance(statement, tirx.AllocBuffer):
+            narrow = statement.buffer
+            wide.append((narrow, tirx.decl_buffer([as_index(width)], str(narrow.dtype), name=narrow.name, scope="local")))
+    if not wide:
+        return [], body
+
+    def widened(buffer: Any) -> Any:
+        return next((w for n, w in wide if n.same_as(buffer)), None)
+
+    def redirect(buffer: Any, indices: list[Expr]) -> Expr | None:
+        found = widened(buffer)
+        return None if found is None else tirx.BufferLoad(found, [lane])
+
+    rewritten = []
+    for statement in statements:
+        if isinstance(statement, tirx.AllocBuffer):
+            continue
+        found = widened(statement.buffer)
+        indices = [lane] if found is not None else [rewrite(i, load=redirect) for i in statement.indices]
+        rewritten.append(tirx.BufferStore(found if found is not None else statement.buffer,
+                                          rewrite(statement.value, load=redirect), indices))  # fmt: skip
+    return [tirx.AllocBuffer(w) for _, w in wide], sequence(*rewritten)
 
 
 def bind(value: Expr, body: Callable[[Expr], Stmt], name: str = "v") -> Stmt:
@@ -55,7 +95,18 @@ def scratch(shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt]
 
 
 def store(buffer: Any, indices: Sequence[Expr], value: Expr) -> Stmt:
-    return tirx.BufferStore(buffer, value, list(indices))
+    """Write one element; let expressions in the value become temporaries filled before it.
+
+    Not let statements: TVM's simplifier substitutes those back, in time exponential in their number.
+    """
+    bindings, plain = hoist_lets(value)
+    table: dict[Any, Expr] = {}
+    parts: list[Stmt] = []
+    for var, bound in bindings:
+        buffer_of = tirx.decl_buffer([index(1)], str(var.ty.dtype), name=var.name, scope="local")
+        parts += [tirx.AllocBuffer(buffer_of), tirx.BufferStore(buffer_of, rewrite(bound, table), [index(0)])]
+        table[var] = tirx.BufferLoad(buffer_of, [index(0)])
+    return sequence(*parts, tirx.BufferStore(buffer, rewrite(plain, table) if table else plain, list(indices)))
 
 
 def load(buffer: Any, *indices: Expr) -> Expr:
@@ -100,6 +151,8 @@ def blocks(extent: Expr | int, width: int, body: Callable[[Expr, int], Stmt]) ->
     shorter than a block go element by element.
     """
     known = int_value(extent)
+    if known == 0:
+        return nothing()
     if known is not None:
         if known < width:
             width = 1 << (known.bit_length() - 1)

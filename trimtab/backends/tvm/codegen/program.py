@@ -68,13 +68,16 @@ class Program:
         return any(buffer.same_as(other) for other in self.temporaries)
 
 
+LOOPS = "trimtab.loops"
+"""Attribute of functions whose loops were written by a rule and stay as they are."""
+
 _COMBINERS = {tirx.Add: "add", tirx.Mul: "mul", tirx.Max: "max", tirx.Min: "min"}
 
 
 def read_program(function: Any) -> Program | None:
     """Stages of ``function``, or None when it is not made of single-store blocks."""
     root = function.body
-    if not isinstance(root, s_tir.SBlockRealize):
+    if LOOPS in function.attrs or not isinstance(root, s_tir.SBlockRealize):
         return None
     stages = []
     body = root.block.body

@@ -14,6 +14,7 @@ from typing import Any
 from tvm import tirx
 from tvm.sym import Analyzer, detect_linear_equation
 
+from trimtab.backends.tvm.codegen.comparison import larger, smaller
 from trimtab.backends.tvm.codegen.contraction import Axes, Flattener, accesses_of, has_only_loads_as_users
 from trimtab.backends.tvm.codegen.expression import (
     Expr,
@@ -433,10 +434,7 @@ def combine(kind: str, a: Expr, b: Expr) -> Expr:
         return a + b
     if kind == "mul":
         return a * b
-    if "float" in dtype_of(a):
-        better = b <= a if kind == "max" else b >= a
-        return tirx.Select(tirx.Or(better, a != a), a, b)
-    return tirx.max(a, b) if kind == "max" else tirx.min(a, b)
+    return larger(a, b) if kind == "max" else smaller(a, b)
 
 
 def identity(kind: str, dtype: str) -> Expr:

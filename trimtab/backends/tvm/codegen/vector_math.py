@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import tirx
 
+from trimtab.backends.tvm.codegen.comparison import eq, ne
 from trimtab.backends.tvm.codegen.expression import Expr, let
 
 
@@ -129,8 +130,8 @@ def log(x: Expr) -> Expr:
 
 def _log_edges(x: Expr, value: Expr) -> Expr:
     infinity, nan = f32(float("inf")), f32(float("nan"))
-    finite = tirx.Select(x == infinity, infinity, value)
-    positive = tirx.Select(x == f32(0.0), f32(float("-inf")), finite)
+    finite = tirx.Select(eq(x, infinity), infinity, value)
+    positive = tirx.Select(eq(x, f32(0.0)), f32(float("-inf")), finite)
     return tirx.Select(x >= f32(0.0), positive, nan)
 
 
@@ -142,8 +143,12 @@ _ERF_DENOMINATOR = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438
 
 def erf(x: Expr) -> Expr:
     """Error function, relative error below 1e-6."""
-    return let(_clamp_keeping_nan(x, -4.0, 4.0), lambda y: let(
-        y * y, lambda s: y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR)))
+    # Exactly 1 from 4 on: gelu multiplies 1 + erf(x) by x, which may be infinite.
+    def saturated(y: Expr, value: Expr) -> Expr:
+        return tirx.Select(y >= f32(4.0), f32(1.0), tirx.Select(y <= f32(-4.0), f32(-1.0), value))
+
+    return let(_clamp_keeping_nan(x, -4.0, 4.0), lambda y: let(y * y, lambda s: saturated(
+        y, y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR))))
 
 
 _SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
@@ -157,7 +162,7 @@ def _quadrant(x: Expr, shift: int) -> Expr:
         def parts(n: Expr) -> Expr:
             r0 = v - n * f32(1.5703125) - n * f32(4.837512969970703125e-4) - n * f32(7.549789948768648e-8)
             quadrant = _bits(rounded) + tirx.const(shift, "int32")
-            odd = (quadrant & tirx.const(1, "int32")) != tirx.const(0, "int32")
+            odd = ne(quadrant & tirx.const(1, "int32"), tirx.const(0, "int32"))
             sign = (quadrant & tirx.const(2, "int32")) << tirx.const(30, "int32")
             return let(r0, lambda r: let(r * r, lambda z: _float(_bits(tirx.Select(
                 odd,

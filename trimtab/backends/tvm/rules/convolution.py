@@ -80,7 +80,7 @@ def _transposed(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operan
             place = tirx.floordiv(shifted, i64(stride))
             test = tirx.And(place >= i64(0), place < extent)
             if stride != 1:
-                test = tirx.And(test, tirx.floormod(shifted, i64(stride)) == i64(0))
+                test = tirx.And(test, tirx.EQ(tirx.floormod(shifted, i64(stride)), i64(0)))
             valid = test if valid is None else tirx.And(valid, test)
             places.append(tirx.max(i64(0), tirx.min(place, extent - i64(1))))
         source = tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + channel.var if op.groups > 1 else channel.var

@@ -7,66 +7,76 @@ signs and rounding.  Calls such as ``exp`` on float32 are replaced by vectorisab
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 from tvm import te, tirx
 
+from trimtab.backends.tvm.codegen.comparison import eq, is_float, is_nan, is_nonzero, larger, ne, smaller
+from trimtab.backends.tvm.codegen.expression import let
 from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, cast, compute, const, lowers, tvm_dtype, work_type
 from trimtab.ir import ops
 from trimtab.ir.op import Op
-
-
-def is_float(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat"))
 
 
 def _c(x: Expr, value: float | int) -> Expr:
     return const(value, str(x.ty.dtype))
 
 
-def is_nan(x: Expr) -> Expr:
-    return x != x
+def shared(function: Callable[..., Expr]) -> Callable[..., Expr]:
+    """Make the arguments of a function that uses them several times into named values.
+
+    Without names, nesting such functions would copy their arguments and grow the expression exponentially.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Expr) -> Expr:
+        def bind(position: int, bound: list[Expr]) -> Expr:
+            if position == len(args):
+                return function(*bound)
+            return let(args[position], lambda v: bind(position + 1, [*bound, v]), "v")
+
+        return bind(0, [])
+
+    return call
 
 
 def select(condition: Expr, x: Expr, y: Expr) -> Expr:
     return tirx.Select(condition, x, y)
 
 
-def maximum(x: Expr, y: Expr) -> Expr:
-    """The larger; NaN if either is NaN."""
-    if not is_float(str(x.ty.dtype)):
-        return tirx.max(x, y)
-    return select(tirx.Or(x >= y, is_nan(x)), x, y)
-
-
-def minimum(x: Expr, y: Expr) -> Expr:
-    """The smaller; NaN if either is NaN."""
-    if not is_float(str(x.ty.dtype)):
-        return tirx.min(x, y)
-    return select(tirx.Or(x <= y, is_nan(x)), x, y)
+maximum = shared(larger)
+minimum = shared(smaller)
 
 
 def sigmoid(x: Expr) -> Expr:
     return _c(x, 1) / (_c(x, 1) + te.exp(_c(x, 0) - x))
 
 
+@shared
 def expm1(x: Expr) -> Expr:
     """``e^x - 1`` by Kahan's correction ``(u - 1) x / log(u)``, exact where e^x rounds to 1."""
     one = _c(x, 1)
-    u = te.exp(x)
-    corrected = (u - one) * x / te.log(u)
-    ordinary = select(u - one == _c(x, -1), _c(x, -1), corrected)
-    return select(tirx.Or(x > _c(x, 50), is_nan(x)), u, select(u == one, x, ordinary))
+
+    def corrected(u: Expr) -> Expr:
+        ordinary = select(eq(u - one, _c(x, -1)), _c(x, -1), (u - one) * x / te.log(u))
+        return select(tirx.Or(x > _c(x, 50), is_nan(x)), u, select(eq(u, one), x, ordinary))
+
+    return let(te.exp(x), corrected, "u")
 
 
+@shared
 def log1p(x: Expr) -> Expr:
     """``log(1 + x)`` by ``log(u) x / (u - 1)`` with u = 1 + x rounded (Kahan)."""
     one = _c(x, 1)
-    u = one + x
-    safe = select(u == one, _c(x, 2), u)
-    return select(u == one, x, select(u == _c(x, math.inf), u, te.log(u) * x / (safe - one)))
+
+    def corrected(u: Expr) -> Expr:
+        safe = select(eq(u, one), _c(x, 2), u)
+        return select(eq(u, one), x, select(eq(u, _c(x, math.inf)), u, te.log(u) * x / (safe - one)))
+
+    return let(one + x, corrected, "u")
 
 
 def tanh(x: Expr) -> Expr:
@@ -77,21 +87,24 @@ def erf(x: Expr) -> Expr:
     return te.erf(x)
 
 
+@shared
 def softplus(x: Expr) -> Expr:
     """``log(1 + e^x)`` without overflow."""
     return maximum(x, _c(x, 0)) + log1p(te.exp(_c(x, 0) - absolute(x)))
 
 
+@shared
 def absolute(x: Expr) -> Expr:
     if str(x.ty.dtype).startswith("uint"):
         return x
     return te.abs(x) if is_float(str(x.ty.dtype)) else select(x < _c(x, 0), _c(x, 0) - x, x)
 
 
+@shared
 def sign(x: Expr) -> Expr:
     zero, one = _c(x, 0), _c(x, 1)
     if str(x.ty.dtype).startswith("uint"):
-        return select(x == zero, zero, one)
+        return select(eq(x, zero), zero, one)
     signed = select(x < zero, _c(x, -1), zero)
     return select(x > zero, one, select(is_nan(x), x, signed) if is_float(str(x.ty.dtype)) else signed)
 
@@ -104,10 +117,12 @@ def hard_sigmoid(x: Expr) -> Expr:
     return minimum(maximum(x + _c(x, 3), _c(x, 0)), _c(x, 6)) / _c(x, 6)
 
 
+@shared
 def gelu(x: Expr) -> Expr:
     return _c(x, 0.5) * x * (_c(x, 1) + te.erf(x * _c(x, math.sqrt(0.5))))
 
 
+@shared
 def gelu_tanh(x: Expr) -> Expr:
     inner = _c(x, math.sqrt(2 / math.pi)) * (x + _c(x, 0.044715) * x * x * x)
     return _c(x, 0.5) * x * (_c(x, 1) + te.tanh(inner))
@@ -129,9 +144,9 @@ _FLOAT_ONLY: dict[type[Op], Callable[[Expr], Expr]] = {
     ops.Sin: _extern("sin"), ops.Cos: _extern("cos"), ops.Tan: _extern("tan"), ops.Asin: _extern("asin"),
     ops.Acos: _extern("acos"), ops.Atan: _extern("atan"), ops.Sinh: _extern("sinh"), ops.Cosh: _extern("cosh"),
     ops.Tanh: tanh, ops.Asinh: _extern("asinh"), ops.Acosh: _extern("acosh"), ops.Atanh: _extern("atanh"),
-    ops.Erf: erf, ops.Sigmoid: sigmoid, ops.Silu: lambda x: x * sigmoid(x),
-    ops.Mish: lambda x: x * te.tanh(softplus(x)), ops.HardSigmoid: hard_sigmoid,
-    ops.HardSwish: lambda x: x * hard_sigmoid(x),
+    ops.Erf: erf, ops.Sigmoid: sigmoid, ops.Silu: shared(lambda x: x * sigmoid(x)),
+    ops.Mish: shared(lambda x: x * te.tanh(softplus(x))), ops.HardSigmoid: hard_sigmoid,
+    ops.HardSwish: shared(lambda x: x * hard_sigmoid(x)),
 }  # fmt: skip
 
 _ANY_NUMBER: dict[type[Op], Callable[[Expr], Expr]] = {
@@ -176,16 +191,12 @@ def _classify(op: Any, scope: Scope, x: Operand) -> Any:
         return _pointwise(op, scope, lambda v: const(False, "bool"), x)
     if isinstance(op, ops.IsNan):
         return _pointwise(op, scope, is_nan, x)
-    return _pointwise(op, scope, lambda v: te.abs(v) == _c(v, math.inf), x)
-
-
-def truth(x: Expr) -> Expr:
-    return x if str(x.ty.dtype) == "bool" else x != _c(x, 0)
+    return _pointwise(op, scope, lambda v: eq(te.abs(v), _c(v, math.inf)), x)
 
 
 @lowers(ops.LogicalNot)
 def _logical_not(op: Any, scope: Scope, x: Operand) -> Any:
-    return _pointwise(op, scope, lambda v: tirx.Not(truth(v)), x)
+    return _pointwise(op, scope, lambda v: tirx.Not(is_nonzero(v)), x)
 
 
 @lowers(ops.BitwiseNot)
@@ -253,7 +264,7 @@ def _cast(op: Any, scope: Scope, x: Operand) -> Any:
 
     def element(v: Expr) -> Expr:
         if target == "bool":
-            return truth(v)
+            return is_nonzero(v)
         if x.dtype == "bool" and is_float(target):
             return cast(select(v, const(1, "float32"), const(0, "float32")), target)
         if x.dtype == "bool":
@@ -269,17 +280,29 @@ def _cast(op: Any, scope: Scope, x: Operand) -> Any:
 # -- two operands -------------------------------------------------------------------------------------------------
 
 
+def _opposite(mod: Expr, y: Expr) -> Expr:
+    """Whether a remainder is not zero and has not the sign of the divisor."""
+    zero = _c(mod, 0)
+    return tirx.Or(tirx.And(mod > zero, y < zero), tirx.And(mod < zero, y > zero))
+
+
+@shared
 def floor_divide(x: Expr, y: Expr) -> Expr:
     """Quotient rounded down; for floats as torch computes it, from the remainder, so that it agrees with ``%``."""
     if not is_float(str(x.ty.dtype)):
         return tirx.floordiv(x, y)
-    mod = fmod(x, y)
-    quotient = (x - mod) / y
-    quotient = select(tirx.And(mod != _c(x, 0), (y < _c(x, 0)) != (mod < _c(x, 0))), quotient - _c(x, 1), quotient)
-    floored = te.floor(quotient)
-    rounded = select(quotient - floored > _c(x, 0.5), floored + _c(x, 1), floored)
-    signed_zero = x / y * _c(x, 0)
-    return select(y == _c(x, 0), x / y, select(quotient != _c(x, 0), rounded, signed_zero))
+
+    def from_remainder(mod: Expr) -> Expr:
+        def rounded(quotient: Expr) -> Expr:
+            def nearest(floored: Expr) -> Expr:
+                whole = select(quotient - floored > _c(x, 0.5), floored + _c(x, 1), floored)
+                return select(eq(y, _c(x, 0)), x / y, select(ne(quotient, _c(x, 0)), whole, x / y * _c(x, 0)))
+
+            return let(te.floor(quotient), nearest, "floor")
+
+        return let(select(_opposite(mod, y), (x - mod) / y - _c(x, 1), (x - mod) / y), rounded, "quotient")
+
+    return let(fmod(x, y), from_remainder, "mod")
 
 
 def fmod(x: Expr, y: Expr) -> Expr:
@@ -289,13 +312,18 @@ def fmod(x: Expr, y: Expr) -> Expr:
     return tirx.truncmod(x, y)
 
 
+@shared
 def remainder(x: Expr, y: Expr) -> Expr:
     if not is_float(str(x.ty.dtype)):
         return tirx.floormod(x, y)
-    mod = fmod(x, y)
-    return select(tirx.And(mod != _c(x, 0), (y < _c(x, 0)) != (mod < _c(x, 0))), mod + y, mod)
+
+    def signed(mod: Expr) -> Expr:
+        return select(_opposite(mod, y), mod + y, mod)
+
+    return let(fmod(x, y), signed, "mod")
 
 
+@shared
 def power(x: Expr, y: Expr) -> Expr:
     """x to the y. Small constant exponents become products and roots; the rest is libm's pow."""
     dtype = str(x.ty.dtype)
@@ -319,19 +347,24 @@ def _constant_power(x: Expr, exponent: float) -> Expr | None:
     return simple[exponent]() if exponent in simple else None
 
 
+@shared
 def _integer_power(x: Expr, y: Expr) -> Expr:
     """Square and multiply over the bits of the exponent; negative exponents give 0, except of 1 and -1."""
     dtype = str(x.ty.dtype)
     bits = int(dtype.lstrip("uint")) - (not dtype.startswith("uint"))
-    result, base = _c(x, 1), x
-    for bit in range(min(bits, 6)):
-        odd = ((y >> _c(x, bit)) & _c(x, 1)) != _c(x, 0)
-        result = select(odd, result * base, result)
-        base = base * base
+
+    def from_bit(bit: int, result: Expr, base: Expr) -> Expr:
+        if bit == min(bits, 6):
+            return result
+        odd = ne((y >> _c(x, bit)) & _c(x, 1), _c(x, 0))
+        return let(select(odd, result * base, result), lambda r: let(
+            base * base, lambda b: from_bit(bit + 1, r, b), "base"), "power")  # fmt: skip
+
+    result = from_bit(0, _c(x, 1), x)
     if dtype.startswith("uint"):
         return result
-    odd = (y & _c(x, 1)) != _c(x, 0)
-    unit = select(x == _c(x, -1), select(odd, _c(x, -1), _c(x, 1)), select(x == _c(x, 1), _c(x, 1), _c(x, 0)))
+    odd = ne(y & _c(x, 1), _c(x, 0))
+    unit = select(eq(x, _c(x, -1)), select(odd, _c(x, -1), _c(x, 1)), select(eq(x, _c(x, 1)), _c(x, 1), _c(x, 0)))
     return select(y < _c(x, 0), unit, result)
 
 
@@ -343,6 +376,7 @@ def trunc_divide(x: Expr, y: Expr) -> Expr:
     return te.trunc(x / y) if is_float(str(x.ty.dtype)) else tirx.truncdiv(x, y)
 
 
+@shared
 def shift_left(x: Expr, y: Expr) -> Expr:
     """torch gives 0 for a shift by the width or more, or by a negative amount."""
     width = int(str(x.ty.dtype).lstrip("uint"))
@@ -352,6 +386,7 @@ def shift_left(x: Expr, y: Expr) -> Expr:
     return select(outside, _c(x, 0), x << select(outside, _c(y, 0), y))
 
 
+@shared
 def shift_right(x: Expr, y: Expr) -> Expr:
     """Shifts by the width or more leave the sign."""
     width = int(str(x.ty.dtype).lstrip("uint"))
@@ -377,12 +412,12 @@ _BINARY: dict[type[Op], Callable[[Expr, Expr], Expr]] = {
     ops.Pow: power, ops.Remainder: remainder, ops.Fmod: fmod,
     ops.Maximum: _bool_or_number(tirx.Or, maximum), ops.Minimum: _bool_or_number(tirx.And, minimum),
     ops.Atan2: _atan2,
-    ops.LogicalAnd: lambda x, y: tirx.And(truth(x), truth(y)),
-    ops.LogicalOr: lambda x, y: tirx.Or(truth(x), truth(y)),
-    ops.LogicalXor: lambda x, y: truth(x) != truth(y),
+    ops.LogicalAnd: lambda x, y: tirx.And(is_nonzero(x), is_nonzero(y)),
+    ops.LogicalOr: lambda x, y: tirx.Or(is_nonzero(x), is_nonzero(y)),
+    ops.LogicalXor: lambda x, y: ne(is_nonzero(x), is_nonzero(y)),
     ops.BitwiseAnd: _bool_or_number(tirx.And, lambda x, y: x & y),
     ops.BitwiseOr: _bool_or_number(tirx.Or, lambda x, y: x | y),
-    ops.BitwiseXor: _bool_or_number(lambda x, y: x != y, lambda x, y: x ^ y),
+    ops.BitwiseXor: _bool_or_number(ne, lambda x, y: x ^ y),
     ops.ShiftLeft: shift_left, ops.ShiftRight: shift_right,
 }  # fmt: skip
 
@@ -393,7 +428,7 @@ def _numbers(x: Expr) -> Expr:
 
 
 _COMPARISONS: dict[type[Op], Callable[[Expr, Expr], Expr]] = {
-    ops.Eq: lambda x, y: x == y, ops.Ne: lambda x, y: x != y, ops.Lt: lambda x, y: x < y,
+    ops.Eq: eq, ops.Ne: ne, ops.Lt: lambda x, y: x < y,
     ops.Le: lambda x, y: x <= y, ops.Gt: lambda x, y: x > y, ops.Ge: lambda x, y: x >= y,
 }  # fmt: skip
 
@@ -417,4 +452,4 @@ def _div(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
 
 @lowers(ops.Where)
 def _where(op: Any, scope: Scope, condition: Operand, x: Operand, y: Operand) -> Any:
-    return _pointwise(op, scope, lambda c, a, b: select(truth(c), a, b), condition, x, y)
+    return _pointwise(op, scope, lambda c, a, b: select(is_nonzero(c), a, b), condition, x, y)

@@ -13,7 +13,9 @@ from trimtab.ir import ops
 
 @lowers(ops.Reshape)
 def _reshape(op: Any, scope: Scope, x: Operand) -> Any:
-    """Only reached where the emitter cannot use a view: scalars filled by a constant."""
+    """Only reached where the emitter cannot use a view: of constants, and of tensors without elements."""
+    if 0 in op.shape:
+        return compute(scope.shape(op.shape), lambda *i: const(0, x.dtype), "reshape")
     return compute(scope.shape(op.result.type.shape), lambda *i: unflatten_read(x, i, scope.shape(op.result.type.shape)), "reshape")
 
 

@@ -32,7 +32,10 @@ def _layer_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias:
         return cast(x(*r, *k), work)
 
     total = reduction(element, "sum")
-    mean = compute(rows, lambda *r: total(*r) / count, "mean", materialize=True)
+    rough = compute(rows, lambda *r: total(*r) / count, "rough_mean", materialize=True)
+    # A second sum removes the rounding of the first, which counts when the mean is large beside the spread.
+    rest = reduction(lambda r, k: element(r, k) - rough(*r), "rest")
+    mean = compute(rows, lambda *r: rough(*r) + rest(*r) / count, "mean", materialize=True)
 
     def squared(r: Sequence[Expr], k: Sequence[Expr]) -> Expr:
         centered = element(r, k) - mean(*r)
@@ -93,7 +96,9 @@ def _group_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias:
         return cast(x(b, g * i64(size) + c, *s), work)
 
     total = reduction(element, "sum")
-    mean = compute(rows, lambda b, g: total(b, g) / count, "mean", materialize=True)
+    rough = compute(rows, lambda b, g: total(b, g) / count, "rough_mean", materialize=True)
+    rest = reduction(lambda b, g, c, *s: element(b, g, c, *s) - rough(b, g), "rest")
+    mean = compute(rows, lambda b, g: rough(b, g) + rest(b, g) / count, "mean", materialize=True)
 
     def squared(b: Expr, g: Expr, c: Expr, *s: Expr) -> Expr:
         centered = element(b, g, c, *s) - mean(b, g)

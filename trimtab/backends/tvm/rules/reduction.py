@@ -8,12 +8,12 @@ from typing import Any
 
 from tvm import te, tirx
 
-from trimtab.backends.tvm.rules.elementwise import is_float, is_nan, truth
+from trimtab.backends.tvm.codegen.comparison import eq, is_float, is_nan, is_nonzero
 from trimtab.backends.tvm.rules.registry import STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, i64, lowers, tvm_dtype, work_type
 from trimtab.ir import ops
 
 
-def _reducer(kind: str) -> Callable[..., Expr]:
+def reducer(kind: str) -> Callable[..., Expr]:
     def start(dtype: str) -> Expr:
         if kind in ("sum", "prod"):
             return const(int(kind == "prod"), dtype)
@@ -21,7 +21,11 @@ def _reducer(kind: str) -> Callable[..., Expr]:
             return const(-math.inf if kind == "max" else math.inf, dtype)
         return tirx.min_value(dtype) if kind == "max" else tirx.max_value(dtype)
 
-    step = {"sum": lambda a, b: a + b, "prod": lambda a, b: a * b, "max": tirx.max, "min": tirx.min}[kind]
+    # te.comm_reducer looks into the code of these functions: they must be lambdas.
+    step = {
+        "sum": lambda a, b: a + b, "prod": lambda a, b: a * b,
+        "max": lambda a, b: tirx.max(a, b), "min": lambda a, b: tirx.min(a, b),
+    }[kind]  # fmt: skip
     return te.comm_reducer(step, start, name=kind)
 
 
@@ -49,7 +53,7 @@ def reduce(
                     rest.pop(0)
             else:
                 source.append(rest.pop(0))
-        return _reducer(kind)(value(*source), axis=list(axes.values()))
+        return reducer(kind)(value(*source), axis=list(axes.values()))
 
     return compute(kept, element, name, materialize=materialize)
 
@@ -75,14 +79,14 @@ def _reduce(op: Any, scope: Scope, x: Operand) -> Any:
 
 def _bool_reduce(op: Any, scope: Scope, x: Operand) -> Any:
     kind = "min" if isinstance(op, ops.Prod | ops.Amin | ops.All) else "max"
-    reduced = reduce(x.shape, op.dims, op.keepdim, kind, lambda *i: tirx.Cast("int8", truth(x(*i))), op.name)
+    reduced = reduce(x.shape, op.dims, op.keepdim, kind, lambda *i: tirx.Cast("int8", is_nonzero(x(*i))), op.name)
     return compute(scope.shape(op.result.type.shape), lambda *i: reduced(*i) != const(0, "int8"), op.name)
 
 
 @lowers(ops.Any, ops.All)
 def _truth_reduce(op: Any, scope: Scope, x: Operand) -> Any:
     if not op.dims:
-        return compute(scope.shape(op.result.type.shape), lambda *i: truth(x(*i)), op.name)
+        return compute(scope.shape(op.result.type.shape), lambda *i: is_nonzero(x(*i)), op.name)
     return _bool_reduce(op, scope, x)
 
 
@@ -98,7 +102,7 @@ def _arg_extremum(op: Any, scope: Scope, x: Operand) -> Any:
 
     def position(*indices: Expr) -> Expr:
         value, winner = read(*indices), best(*indices[: op.dim], i64(0), *indices[op.dim + 1 :])
-        found = value == winner
+        found = eq(value, winner)
         if is_float(x.dtype):
             found = tirx.Or(found, is_nan(value))
         return tirx.Select(found, indices[op.dim], tirx.max_value("int64"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm import te, tirx
 
+from trimtab.backends.tvm.codegen.loops import store
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.ir.dims import Dim, as_symbol, evaluate, symbols_of
 from trimtab.ir.dtypes import DType
@@ -141,7 +142,7 @@ class Target:
 
     def store(self, indices: Sequence[Expr], value: Expr) -> Any:
         """A statement that writes one element."""
-        return tirx.BufferStore(self.buffer, value, list(physical(indices, self.order)))
+        return store(self.buffer, physical(indices, self.order), value)
 
     def load(self, *indices: Expr) -> Expr:
         """An element written before."""

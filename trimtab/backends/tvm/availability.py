@@ -1,0 +1,75 @@
+"""Whether the TVM backend works on this machine, and what to install when it does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+from dataclasses import dataclass, field
+
+from trimtab.errors import MissingDependencyError
+
+INSTALL = "pip install 'trimtab[tvm]'"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What ``trimtab doctor`` shows.
+
+    Attributes:
+        works: whether modules can be compiled here.
+        reason: why not; empty when it works.
+        fix: the command that repairs it.
+        versions: installed versions of the packages involved.
+        targets: target names that can be compiled for here.
+        missing_targets: targets that cannot, with what is missing.
+    """
+
+    works: bool
+    reason: str = ""
+    fix: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    missing_targets: dict[str, str] = field(default_factory=dict)
+
+
+def status() -> BackendStatus:
+    """Look for tvm and for C compilers, without importing tvm."""
+    versions = {}
+    for name in ("apache-tvm", "apache-tvm-ffi"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return BackendStatus(False, f"the package {name} is not installed", INSTALL, versions)
+    if importlib.util.find_spec("tvm") is None:
+        return BackendStatus(False, "the module tvm cannot be found", INSTALL, versions)
+    usable, missing = [], {}
+    for name, drivers in _linkers().items():
+        if any(shutil.which(driver) for driver in drivers):
+            usable.append(name)
+        else:
+            missing[name] = f"a linker, one of: {', '.join(drivers)}"
+    if "native" not in usable:
+        return BackendStatus(False, "there is no C compiler to link with", "apt-get install gcc", versions, tuple(usable), missing)
+    return BackendStatus(True, versions=versions, targets=tuple(usable), missing_targets=missing)
+
+
+def _linkers() -> dict[str, tuple[str, ...]]:
+    from trimtab.backends.tvm.targets import HOST_LINKERS, TARGETS
+
+    return {"native": HOST_LINKERS, **{name: spec.compiler for name, spec in TARGETS.items()}}
+
+
+def require_tvm() -> None:
+    """Raise unless tvm can be imported.
+
+    Raises:
+        MissingDependencyError: it is not installed or does not load.
+    """
+    if importlib.util.find_spec("tvm") is None:
+        raise MissingDependencyError("the TVM backend needs tvm", values={"package": "apache-tvm"}, fix=INSTALL)
+    try:
+        import tvm  # noqa: F401
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise MissingDependencyError("tvm is installed but does not load", values={"error": str(error).splitlines()[0]},
+                                     rule="apache-tvm and apache-tvm-ffi must have matching versions", fix=INSTALL) from error

@@ -1,0 +1,222 @@
+"""IR module to native code: emit, lower, compile, link."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.backends.tvm.availability import require_tvm
+from trimtab.errors import BackendError, MissingDependencyError, TrimtabError
+from trimtab.ir.core import Module
+from trimtab.ir.weights import Weight
+
+if TYPE_CHECKING:
+    from trimtab.backends.tvm.layouts import Layout
+    from trimtab.backends.tvm.targets import TargetSpec
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight as the code wants it.
+
+    Attributes:
+        weight: the weight of the module.
+        layout: its storage order.
+        shape: its stored shape.
+    """
+
+    weight: Weight
+    layout: Layout
+    shape: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        return self.weight.id
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, padding included."""
+        size = max(self.weight.type.dtype.bits // 8, 1)
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    def blocks(self) -> Iterator[bytes | memoryview]:
+        """The stored bytes, made a block at a time."""
+        from trimtab.backends.tvm.layouts import packed_blocks
+
+        return packed_blocks(self.weight, self.layout)
+
+
+@dataclass(frozen=True)
+class CompiledCode:
+    """Native code for one module and target.
+
+    Attributes:
+        library: the shared library's bytes. It holds a Relax executable whose ``main`` takes the inputs, then the
+            weights, and returns a tuple with the outputs.
+        weights: the weights in calling order.
+        target: name of the target; triple: its LLVM triple; features: CPU features the code needs.
+        memory: ``workspace_bytes``, the planned intermediate memory where it is static, and ``weight_bytes``.
+        seconds: time per stage.
+        kernels: for each kernel's name the ops it computes, as ``mnemonic at location``.
+        requires: versions of the packages the code runs with.
+    """
+
+    library: bytes
+    weights: tuple[StoredWeight, ...]
+    target: str
+    triple: str
+    features: tuple[str, ...]
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    kernels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    requires: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runtime_library(self) -> Path:
+        """The runtime library that a device needs beside libtvm_ffi."""
+        import tvm
+
+        return Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
+
+
+def build(module: Module, target: str = "", threads: int | None = None) -> CompiledCode:
+    """Compile ``module`` for a CPU.
+
+    Args:
+        module: a verified module.
+        target: a name from :func:`trimtab.backends.tvm.targets.target_names`; the portable baseline when empty.
+        threads: threads to plan parallel work for; the processors of this machine by default. The code runs with any.
+
+    Raises:
+        UsageError: unknown target.
+        UnsupportedByBackendError: some ops cannot be compiled; all are listed.
+        MissingDependencyError: tvm or a C compiler is missing.
+        BackendError: the code generator failed.
+    """
+    require_tvm()
+    import importlib.metadata
+
+    from trimtab.backends.tvm.emit import emit
+    from trimtab.backends.tvm.pipeline import build_executable, lower
+    from trimtab.backends.tvm.support import check_supported
+    from trimtab.backends.tvm.targets import find_target
+
+    spec = find_target(target, threads)
+    check_supported(module)
+    compiler = find_compiler(spec)
+    clock = _Clock()
+    emitted = emit(module, spec.machine)
+    clock.lap("emit")
+    try:
+        lowered = lower(emitted.relax, spec.tvm_target(), spec.machine)
+        clock.lap("lower")
+        executable = build_executable(lowered, spec.tvm_target())
+        clock.lap("generate")
+        library = _link(executable, compiler)
+        clock.lap("link")
+    except TrimtabError:
+        raise
+    except Exception as error:
+        raise _explain(error, emitted.origins) from error
+    weights = []
+    for id in emitted.weights:
+        weight, layout = module.weights[id], emitted.layouts[id]
+        shape = layout.stored_shape(tuple(int(d) for d in weight.type.shape))  # type: ignore[arg-type]
+        weights.append(StoredWeight(weight, layout, shape))
+    memory = {"workspace_bytes": _workspace_bytes(lowered), "weight_bytes": sum(w.nbytes for w in weights)}
+    kernels = {name: tuple(_describe(op) for op in ops) for name, ops in emitted.origins.items()}
+    requires = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    return CompiledCode(library, tuple(weights), spec.name, spec.triple, spec.features, memory, clock.laps, kernels, requires)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def find_compiler(spec: TargetSpec) -> str:
+    """The path of the C compiler driver that links for ``spec``.
+
+    Raises:
+        MissingDependencyError: none of the target's drivers is installed.
+    """
+    wanted = os.environ.get("CC", "")
+    candidates = [wanted, *spec.compiler] if wanted and spec.compiler[0] == "cc" else list(spec.compiler)
+    for name in candidates:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise MissingDependencyError(
+        "no C compiler", values={"looked_for": candidates, "target": spec.name},
+        rule="the generated object file is linked into a shared library by the system's compiler driver",
+        fix="install one, e.g. `apt-get install gcc`" if spec.compiler[0] == "cc" else f"install {spec.compiler[0]}",
+    )  # fmt: skip
+
+
+def _link(executable: Any, compiler: str) -> bytes:
+    from tvm.support import cc
+
+    with tempfile.TemporaryDirectory(prefix="trimtab-link-") as directory:
+        path = os.path.join(directory, "model.so")
+        try:
+            executable.export_library(path, fcompile=cc.cross_compiler(compiler, options=["-shared", "-fPIC", "-O1"]))
+        except (RuntimeError, subprocess.SubprocessError, OSError) as error:
+            raise BackendError("linking the generated code failed", values={"compiler": compiler},
+                               rule=str(error).strip()[-400:], fix="check that the compiler can link shared libraries") from error
+        return Path(path).read_bytes()
+
+
+def _workspace_bytes(lowered: Any) -> int:
+    """Bytes of the storages that memory planning allocates with a size known at compile time."""
+    from tvm import ir, relax, tirx
+
+    total = 0
+    for _, function in lowered.functions_items():
+        if not isinstance(function, relax.Function):
+            continue
+        sizes: list[int] = []
+
+        def visit(node: Any, sizes: list[int] = sizes) -> None:
+            if isinstance(node, ir.Call) and getattr(node.op, "name", getattr(node.op, "global_symbol", "")) == "vm.builtin.alloc_storage":
+                for argument in node.args:
+                    if isinstance(argument, relax.ShapeExpr) and isinstance(argument.values[0], tirx.IntImm):
+                        sizes.append(int(argument.values[0].value))
+
+        relax.analysis.post_order_visit(function, visit)
+        total += sum(sizes)
+    return total
+
+
+def _describe(op: Any) -> str:
+    return f"{op.name} at {op.location}" if op.location is not None else op.name
+
+
+def _explain(error: Exception, origins: dict[str, Sequence[Any]]) -> BackendError:
+    """An error of TVM in terms of the user's model: the kernels it names are traced back to their ops."""
+    text = str(error).strip()
+    named = sorted((name for name in origins if name and name in text), key=len, reverse=True)
+    op = origins[named[0]][0] if named else None
+    lines = [line for line in text.splitlines() if line.strip()]
+    return BackendError(
+        "TVM could not compile the module",
+        values={"kernel": named[0] if named else "unknown", "error": lines[-1][:300] if lines else type(error).__name__},
+        rule="a module that passed the capability check should compile",
+        fix="this is a bug of Trimtab or TVM: report it with the module's text",
+        where=f"op {op!r}" if op is not None else "",
+        location=op.location if op is not None else None,
+    )
