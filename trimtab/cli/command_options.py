@@ -21,7 +21,7 @@ ModelArgument: TypeAlias = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A .onnx, .pt2 or .ttir file, or file.py:function (the function returns `module, args`).",
+        help="A .onnx, .pt2, .ttir or .trim file, or file.py:function (the function returns `module, args`).",
         show_default=False,
     ),
 ]

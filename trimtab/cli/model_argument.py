@@ -1,4 +1,4 @@
-"""The MODEL argument: a ``.onnx``, ``.pt2`` or ``.ttir`` file, or ``file.py:function``."""
+"""The MODEL argument: a ``.onnx``, ``.pt2``, ``.ttir`` or ``.trim`` file, or ``file.py:function``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.errors import ImportModelError, Location, MissingDependencyError, T
 if TYPE_CHECKING:
     from trimtab.ir import Module
 
-_FORMS = "a .onnx, .pt2 or .ttir file, or file.py:function, where the function returns `module, args`"
+_FORMS = "a .onnx, .pt2, .ttir or .trim file, or file.py:function, where the function returns `module, args`"
 _RETURNS = "`module, args`, `module, args, kwargs` or `module, args, kwargs, dynamic_shapes`"
 
 
@@ -67,8 +67,6 @@ def _advice(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix == ".py":
         return f"name the function too: {path}:build"
-    if suffix == ".trim":
-        return "a .trim file is compiled already: see trimtab run and trimtab inspect"
     if suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"):
         return "such a file holds weights without the model: write a function that builds the module and loads them"
     return "write a function that returns the module and example arguments"
@@ -93,6 +91,12 @@ def _from_ttir(path: Path) -> Module:
     import trimtab
 
     return trimtab.read(path)
+
+
+def _from_artifact(path: Path) -> Module:
+    from trimtab.cli.artifact_module import module_from_artifact
+
+    return module_from_artifact(path)
 
 
 def _from_exported_program(path: Path) -> Module:
@@ -122,6 +126,7 @@ def _from_exported_program(path: Path) -> Module:
 _LOADERS: Mapping[str, Callable[[Path], Any]] = {
     ".onnx": _from_onnx,
     ".ttir": _from_ttir,
+    ".trim": _from_artifact,
     ".pt2": _from_exported_program,
 }
 

@@ -137,7 +137,10 @@ def _print(document: dict[str, Any]) -> None:
             text_seconds(row["check_seconds"]),
         )
     to = console()
-    to.print(rows)
+    if rows.row_count:
+        to.print(rows)
+    else:
+        to.print(rows.title)
     if unchanged:
         to.print(f"changed nothing: {', '.join(dict.fromkeys(unchanged))}")
     for note in [*report["notes"], *(f"{row['text']}: {note}" for row in report["passes"] for note in row["notes"])]:
