@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import PassError, UsageError
+from trimtab.ir.analysis.statistics import count_ops
 from trimtab.ir.core import Module
 from trimtab.ir.op import OP_CLASSES
 from trimtab.passes.base import Context, Metric
@@ -78,7 +78,7 @@ def optimize(
 
 
 def _check_expected(module: Module, expect: Mapping[str, int], report: OptimizeReport) -> None:
-    found = Counter(op.name for op in module.walk())
+    found = count_ops(module)
     wrong = {name: f"{found[name]} instead of {count}" for name, count in expect.items() if found[name] != count}
     if wrong:
         raise PassError(

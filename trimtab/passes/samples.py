@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trimtab.ir.analysis.statistics import executions
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.dims import Dim, Symbol, evaluate
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
-from trimtab.ir.ops import Embedding, Gather, Index, IndexPut, IndexSelect, Repeat, Scatter
+from trimtab.ir.ops import Embedding, Gather, Index, IndexPut, IndexSelect, Scatter
 from trimtab.ir.types import TensorType
 from trimtab.passes.base import Context
 
@@ -73,14 +74,7 @@ def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sam
 def count_macs(module: Module, sizes: Mapping[str, int]) -> int:
     """Multiply-accumulates of one evaluation of ``module.main`` with the symbols at ``sizes``."""
 
-    def count(graph: Graph) -> int:
-        total = 0
-        for op in graph.ops:
-            repetitions = op.n if isinstance(op, Repeat) else 1
-            total += int(evaluate(op.macs(), sizes)) + repetitions * sum(map(count, op.regions))
-        return total
-
-    return count(module.main)
+    return sum(int(evaluate(op.macs(), sizes)) * times for op, times in executions(module.main))
 
 
 def sizes_of(graph: Graph, inputs: tuple[torch.Tensor, ...]) -> dict[str, int]:
