@@ -36,10 +36,10 @@ class ExternalFiles:
         values = {"tensor": tensor, "location": repr(location), "type": type}
         if length is not None and length != needed:
             raise ImportModelError(
-                "external data has the wrong length",
+                "a stored tensor has data of the wrong size",
                 values={**values, "length": length, "expected": needed},
                 rule="the length is that of the tensor's elements",
-                fix="export the model again",
+                fix="export the model again; the file is damaged",
             )
         start = offset or 0
         data = self._map(location, values)

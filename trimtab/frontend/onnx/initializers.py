@@ -13,7 +13,7 @@ from trimtab.errors import ImportModelError, UnsupportedOpError
 from trimtab.frontend.onnx.element_types import SUPPORTED_TEXT, dtype_of
 from trimtab.frontend.onnx.external_data import ExternalFiles
 from trimtab.ir.types import TensorType
-from trimtab.ir.weights import ArraySource, TensorSource
+from trimtab.ir.weights import ArraySource, ComputedSource, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,11 @@ def store(tensor: Any, files: ExternalFiles) -> StoredTensor:
     type = TensorType(dtype, shape)
     if isinstance(tensor, onnx_ir.ExternalTensor):
         data = files.bytes_of(name, type, str(tensor.location), tensor.offset, tensor.length)
-        return StoredTensor(name, type, ArraySource(data, dtype, shape))
+        mapped = ArraySource(data, dtype, shape)
+        if data.ctypes.data % max(dtype.bits // 8, 1):
+            # Numbers that lie across word boundaries are not safe to compute with: copy them when they are read.
+            return StoredTensor(name, type, ComputedSource(lambda: ArraySource(data.copy(), dtype, shape).tensor()))
+        return StoredTensor(name, type, mapped)
     return StoredTensor(name, type, OnnxTensorSource(tensor, type))
 
 

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir
 
 from trimtab.errors import ImportModelError, TrimtabError, UsageError
+from trimtab.frontend.onnx.embedded_data import read_without_weights
 from trimtab.frontend.onnx.external_data import ExternalFiles
 from trimtab.frontend.onnx.structure import check_structure
 
@@ -58,15 +59,16 @@ def open_model(source: str | os.PathLike[str] | onnx.ModelProto | onnx_ir.Model)
 
 def _read(path: Path) -> onnx.ModelProto:
     size = path.stat().st_size
-    if size >= PROTOBUF_LIMIT:
+    data = read_without_weights(path)
+    if len(data) >= PROTOBUF_LIMIT:
         raise ImportModelError(
             "the model file is too large for its format",
             values={"bytes": size},
-            rule="a protobuf file holds less than 2 GiB; larger models keep their weights in external data",
+            rule="a protobuf message holds less than 2 GiB besides its weights",
             fix="save it with external data",
         )
     try:
-        proto = onnx.ModelProto.FromString(path.read_bytes())
+        proto = onnx.ModelProto.FromString(data)
     except Exception as error:  # protobuf's DecodeError differs between its implementations
         raise ImportModelError(
             "the file is not an ONNX model, or is damaged",
