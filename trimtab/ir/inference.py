@@ -113,6 +113,7 @@ def _run(op: Op, groups: tuple[Any, ...]) -> tuple[TensorType, ...]:
             for group in groups
         ]
         outcome = op.reference(*operands, **reference_attributes(op.attributes, scope.to_torch))
+    scope.refuse_assumptions(op)
     return tuple(
         TensorType(DType.from_torch(tensor.dtype), tuple(map(scope.from_torch, tensor.shape)))
         for tensor in result_tuple(outcome)
@@ -141,6 +142,21 @@ class _SymbolScope:
         import torch
 
         return dim_from_sympy(size.node.expr, self._theirs) if isinstance(size, torch.SymInt) else int(size)
+
+    def refuse_assumptions(self, op: Op) -> None:
+        """Raise if torch took a symbol for a number, or two symbols for one, to make the reference work."""
+        if self.environment is None:
+            return
+        for name, ours in self._theirs.items():
+            fixed = self.environment.replacements.get(name)
+            if fixed is None or ours.min == ours.max:
+                continue
+            raise VerificationError(
+                f"{op.name} does not accept every size of a symbol",
+                values={"symbol": f"{ours}={ours.range_text}", "needs": f"{ours} == {self._theirs.get(fixed, fixed)}"},
+                rule="an op is valid for all values of the symbols in its operands' types",
+                fix="give both the same symbol or size",
+            )
 
     def _create(self, symbol: Symbol) -> None:
         from torch._dynamo.source import ConstantSource

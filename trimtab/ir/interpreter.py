@@ -74,7 +74,7 @@ def interpret(
         One torch tensor per output. Outputs may share memory with inputs or weights.
 
     Raises:
-        InputError: wrong number, names, dtypes or shapes of inputs.
+        InputError: wrong number, names, dtypes or shapes of inputs, or values that an op refuses.
     """
     import torch
 
@@ -101,7 +101,7 @@ def bind_symbols(graph: Graph, tensors: Iterable[Any]) -> dict[str, int]:
     bindings: dict[str, int] = {}
     pairs = list(zip(graph.inputs, tensors, strict=True))
     for value, tensor in pairs:
-        if tensor.dim() != value.type.rank or DType.from_torch(tensor.dtype) is not value.type.dtype:
+        if tensor.dim() != value.type.rank or tensor.dtype is not value.type.dtype.to_torch():
             raise InputError(
                 "an input has the wrong rank or dtype",
                 values={"input": value.name, "expected": value.type, "given": _type_text(tensor)},
@@ -148,7 +148,19 @@ def _as_tensors(graph: Graph, inputs: Sequence[Any] | Mapping[str, Any]) -> list
         inputs = [inputs[name] for name in names]
     if len(inputs) != len(names):
         raise InputError("wrong number of inputs", values={"expected": names, "given": len(inputs)})
-    return [value if isinstance(value, torch.Tensor) else torch.as_tensor(value) for value in inputs]
+
+    def convert(name: str, value: Any) -> Any:
+        try:
+            return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                "an input cannot be made a tensor",
+                values={"input": name, "given": type(value).__name__},
+                rule=str(error).splitlines()[0],
+                fix="give torch tensors or numpy arrays",
+            ) from error
+
+    return [convert(name, value) for name, value in zip(names, inputs, strict=True)]
 
 
 def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
@@ -211,9 +223,9 @@ def _call_reference(op: Op, operands: Sequence[Any], bindings: Mapping[str, int]
             grouped.append(None if held is None else next(rest))
     try:
         return result_tuple(op.reference(*grouped, **reference_attributes(op.attributes, resolve, resolve_dtype)))
-    except (RuntimeError, IndexError) as error:
-        if isinstance(error, TrimtabError):
-            raise
+    except TrimtabError:
+        raise
+    except Exception as error:  # whatever torch raises for values it refuses
         raise InputError(
             f"{op.name} cannot be evaluated on these values",
             values={"operands": ", ".join(map(_type_text, operands))},

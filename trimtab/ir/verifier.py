@@ -60,18 +60,45 @@ def uses_are_recorded(module: Module, graph: Graph) -> Iterator[VerificationErro
         for index, value in enumerate(op.operands):
             if Use(op, index) not in value._uses:
                 yield _violation(uses_are_recorded, "a use is not recorded", op, value)
-        for result in op.results:
-            if result.producer is not op:
+        for index, result in enumerate(op.results):
+            if result.producer is not op or result.index != index:
                 yield _violation(uses_are_recorded, "a result does not know its op", op, result)
-            for user, index in result.uses:
-                reads = user.outputs if isinstance(user, Graph) else user.operands
-                owner = user if isinstance(user, Graph) else user.graph
-                if index >= len(reads) or reads[index] is not result or owner is not graph:
-                    yield _violation(uses_are_recorded, "a value lists a use that is not there", op, result)
+            yield from _missing_uses(graph, op, result)
+    for index, value in enumerate(graph.outputs):
+        if Use(graph, index) not in value._uses:
+            yield _violation(uses_are_recorded, "a use is not recorded", None, value)
+    for index, value in enumerate(graph.inputs):
+        if value.producer is not None or value.index != index or value.is_weight:
+            yield _violation(uses_are_recorded, "an input does not know its place", None, value)
+    for value in (*graph.inputs, *graph.weights):
+        yield from _missing_uses(graph, None, value)
+
+
+def _missing_uses(graph: Graph, op: Op | None, value: Value) -> Iterator[VerificationError]:
+    for user, index in value.uses:
+        reads = user.outputs if isinstance(user, Graph) else user.operands
+        owner = user if isinstance(user, Graph) else user.graph
+        if index >= len(reads) or reads[index] is not value or owner is not graph:
+            yield _violation(uses_are_recorded, "a value lists a use that is not there", op, value)
+
+
+def sizes_are_not_negative(module: Module, graph: Graph) -> Iterator[VerificationError]:
+    """a dimension that is a number is 0 or more"""
+    owners = [(None, value) for value in graph.inputs] + [(op, value) for op in graph.ops for value in op.results]
+    for op, value in owners:
+        if any(isinstance(dim, int) and dim < 0 for dim in value.type.shape):
+            yield _violation(sizes_are_not_negative, "a dimension is negative", op, value)
 
 
 def weights_are_in_the_table(module: Module, graph: Graph) -> Iterator[VerificationError]:
-    """a weight seen from a graph has the type of its entry in the module's table"""
+    """a weight seen from a graph has the type of its entry in the module's table, and belongs to this graph"""
+    for op in graph.ops:
+        for value in op.operands:
+            if value.is_weight and graph._weights.get(value.weight) is not value:
+                yield _violation(weights_are_in_the_table, "an op reads a weight of another graph", op, value)
+    for value in graph.outputs:
+        if value.is_weight and graph._weights.get(value.weight) is not value:
+            yield _violation(weights_are_in_the_table, "a graph returns a weight of another graph", None, value)
     for value in graph.weights:
         weight = module.weights.get(value.weight)
         if weight is None or weight.type != value.type:
@@ -151,6 +178,7 @@ RULES: tuple[Rule, ...] = (
     values_are_defined_before_use,
     uses_are_recorded,
     weights_are_in_the_table,
+    sizes_are_not_negative,
     types_are_what_the_reference_gives,
     ops_accept_themselves,
     symbols_come_from_inputs,
