@@ -196,3 +196,25 @@ def test_a_dynamic_range_and_mask():
     weights = {"zero": np.array(0), "one": np.array(1), "last": np.array([1])}
     module = from_onnx(model(nodes, [info("x", ["b", "seq"])], ["y"], weights))
     torch.testing.assert_close(run(module, normal(1, 4))[0], torch.ones(4, 4).tril())
+
+
+def test_parameters_of_layers_are_trainable():
+    nodes = [node("BatchNormalization", ["x", "g", "b", "m", "v"], ["n"]), node("Conv", ["n", "k"], ["c"]),
+             node("Mul", ["c", "scale"], ["y"])]  # fmt: skip
+    weights = {
+        "g": normal(3),
+        "b": normal(3),
+        "m": normal(3),
+        "v": normal(3) ** 2 + 1,
+        "k": normal(2, 3, 1, 1),
+        "scale": normal(2, 1, 1),
+    }
+    module = from_onnx(model(nodes, [info("x", [1, 3, 4, 4])], ["y"], weights))
+    assert {id for id, weight in module.weights.items() if weight.trainable} == {"g", "b", "k"}
+
+
+def test_negative_token_ids_count_from_the_end():
+    w = normal(10, 4)
+    proto = model([node("Gather", ["w", "i"], ["y"])], [info("i", [3], I64)], ["y"], {"w": w})
+    assert names(from_onnx(proto)) == ["embedding"]
+    torch.testing.assert_close(run(proto, np.array([-1, 0, -10]))[0], torch.tensor(w[[-1, 0, -10]]))

@@ -51,6 +51,7 @@ def from_onnx(
     try:
         from trimtab.frontend.onnx.importer import import_model
         from trimtab.frontend.onnx.loading import open_model
+        from trimtab.frontend.onnx.parameters import mark_parameters
         from trimtab.frontend.onnx.raising import raise_module
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
@@ -64,6 +65,7 @@ def from_onnx(
     if raise_patterns:
         raise_module(module)
     module.drop_unused_weights()
+    mark_parameters(module)
     return module
 
 

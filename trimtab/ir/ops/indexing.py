@@ -22,7 +22,7 @@ class Embedding(Op):
 
     @staticmethod
     def reference(table: Tensor, indices: Tensor) -> Tensor:
-        return F.embedding(indices, table)
+        return F.embedding(torch.where(indices < 0, indices + table.shape[0], indices), table)
 
 
 class IndexSelect(Op):
