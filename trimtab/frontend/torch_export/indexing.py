@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.frontend.torch_export.importer import Call
+from trimtab.frontend.torch_export.call import Call
 from trimtab.frontend.torch_export.registry import Refusal, converts
 from trimtab.ir import ops
 from trimtab.ir.core import Value

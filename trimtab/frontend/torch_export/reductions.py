@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trimtab.frontend.torch_export.importer import Call
+from trimtab.frontend.torch_export.call import Call
 from trimtab.frontend.torch_export.registry import Refusal, converts
 from trimtab.frontend.torch_export.shapes import reshape_to
 from trimtab.ir import ops

@@ -31,13 +31,5 @@ def converts(*targets: str) -> Callable[[Converter], Converter]:
 
 
 def find_converter(target: str) -> Converter | None:
-    """The converter for an operator, or None."""
-    from trimtab.frontend.torch_export import (  # noqa: F401  importing these fills the table
-        arithmetic,
-        indexing,
-        layers,
-        reductions,
-        shapes,
-    )
-
+    """The converter for an operator, or None. The table is filled when the package's converter modules load."""
     return _converters.get(target)

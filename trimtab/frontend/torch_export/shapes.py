@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trimtab.frontend.torch_export.importer import Call
+from trimtab.frontend.torch_export.call import Call
 from trimtab.frontend.torch_export.registry import Refusal, converts
 from trimtab.ir import ops
 from trimtab.ir.core import Value
@@ -201,8 +201,8 @@ def pad(call: Call, x: Value, pad: list[Any], mode: str = "constant", value: Any
 
 @converts("aten.repeat.default", "aten.tile.default")
 def tile(call: Call, x: Value, repeats: list[Dim] | None = None, dims: list[Dim] | None = None) -> Value:
-    counts = list(repeats if repeats is not None else dims or [])
-    counts = [1] * (x.type.rank - len(counts)) + counts
+    counts: list[Dim] = list(repeats if repeats is not None else dims or [])
+    counts = [*[1] * (x.type.rank - len(counts)), *counts]
     x = reshape_to(call, x, (*(1,) * (len(counts) - x.type.rank), *x.type.shape))
     return x if all(count == 1 for count in counts) else call(ops.Tile(x, repeats=tuple(counts)))
 

@@ -9,17 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from trimtab.errors import ImportModelError, TrimtabError, UsageError
+from trimtab.errors import ImportModelError, UsageError
+from trimtab.frontend.torch_export.dynamic_shapes import (
+    symbol_names,
+    symbols_of_program,
+    torch_dynamic_shapes,
+    widen_unit_axes,
+)
 from trimtab.frontend.torch_export.importer import Importer
 from trimtab.frontend.torch_export.registry import find_converter
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Module, Value
-from trimtab.ir.dims import Symbol
 from trimtab.ir.dtypes import DType
 from trimtab.ir.inference import dim_from_sympy
 from trimtab.ir.types import TensorType
@@ -61,9 +65,9 @@ def trace(
         )
     args = tuple(args) if isinstance(args, list | tuple) else (args,)
     kwargs = dict(kwargs or {})
-    shapes, minimums = _torch_dynamic_shapes(dynamic_shapes)
+    shapes, minimums = torch_dynamic_shapes(dynamic_shapes)
     if shapes is not None:
-        args, kwargs = _widen_unit_axes(module, args, kwargs, shapes)
+        args, kwargs = widen_unit_axes(module, args, kwargs, shapes)
     try:
         with _quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -74,7 +78,7 @@ def trace(
             rule=_first_lines(error),
             fix="make the model exportable: torch.export.export(model, args) must succeed",
         ) from error
-    return import_program(program, names=_symbol_names(shapes, program), minimums=minimums)
+    return import_program(program, names=symbol_names(shapes, program), minimums=minimums)
 
 
 def import_program(
@@ -89,7 +93,7 @@ def import_program(
     """
     program = _prepare(program)
     _refuse_state_changes(program)
-    symbols = _symbols(program, names or {}, minimums or {})
+    symbols = symbols_of_program(program, names or {}, minimums or {})
     builder = Builder()
     importer = Importer(builder, symbols)
     arguments = _placeholders(program, builder, importer)
@@ -232,116 +236,6 @@ def _path(label: str, path: Sequence[Any]) -> str:
     return ".".join([label, *parts])
 
 
-def _torch_dynamic_shapes(given: Any) -> tuple[Any, dict[str, int]]:
-    """The user's dynamic shapes with symbol names turned into torch Dims, and the minimum of each named Dim."""
-    made: dict[str, Any] = {}
-    minimums: dict[str, int] = {}
-
-    def convert(spec: Any) -> Any:
-        if isinstance(spec, str):
-            return made.setdefault(spec, TorchDim(spec, min=1))
-        if isinstance(spec, Mapping):
-            return {key: convert(value) for key, value in spec.items()}
-        if isinstance(spec, list | tuple):
-            return type(spec)(convert(value) for value in spec)
-        if hasattr(spec, "__name__") and isinstance(getattr(spec, "min", None), int):
-            minimums[spec.__name__] = max(spec.min, 1)
-        return spec
-
-    return (None if given is None else convert(given)), minimums
-
-
-def _widen_unit_axes(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeat examples along varying axes of size 1: torch would take the 1 for a constant."""
-    import inspect
-
-    def widen(example: Any, spec: Any) -> Any:
-        if isinstance(example, torch.Tensor) and spec:
-            axes = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
-            for axis, dim in axes:
-                if dim is not None and not isinstance(dim, int) and example.shape[axis] == 1:
-                    example = torch.cat([example, example], dim=axis)
-            return example
-        if isinstance(example, Mapping) and isinstance(spec, Mapping):
-            return type(example)({key: widen(value, spec.get(key)) for key, value in example.items()})
-        if isinstance(example, list | tuple) and isinstance(spec, list | tuple):
-            return type(example)(widen(value, part) for value, part in zip(example, spec, strict=False))
-        return example
-
-    if isinstance(shapes, Mapping):
-        names = list(inspect.signature(module.forward).parameters)
-        args = tuple(widen(arg, shapes.get(name)) for arg, name in zip(args, names, strict=False)) + args[len(names) :]
-        return args, {name: widen(value, shapes.get(name)) for name, value in kwargs.items()}
-    return tuple(widen(arg, spec) for arg, spec in zip(args, shapes, strict=False)) + args[len(shapes) :], kwargs
-
-
-def _symbol_names(shapes: Any, program: ExportedProgram) -> dict[Any, str]:
-    """The user's name for each of torch's symbols: found where a named Dim meets a symbolic size of an input."""
-    if shapes is None:
-        return {}
-    dims: list[Any] = []
-    metas = [
-        node.meta["val"]
-        for node, spec in zip(
-            (n for n in program.graph_module.graph.nodes if n.op == "placeholder"),
-            program.graph_signature.input_specs,
-            strict=True,
-        )
-        if spec.kind is InputKind.USER_INPUT
-    ]
-    spec = program.call_spec.in_spec
-    args, kwargs = pytree.tree_unflatten(metas, spec)
-    if isinstance(shapes, Mapping):
-        import itertools
-
-        names = (
-            list(program.module_call_graph[0].signature.forward_arg_names or [])
-            if program.module_call_graph[0].signature
-            else []
-        )
-        given = itertools.chain(zip(names, args, strict=False), kwargs.items())
-        pairs = [(value, shapes.get(name)) for name, value in given]
-        if not names:
-            pairs = [(value, spec) for value, spec in zip([*args, *kwargs.values()], shapes.values(), strict=False)]
-    else:
-        pairs = list(zip([*args, *kwargs.values()], shapes, strict=False))
-    found: dict[Any, str] = {}
-
-    def walk(value: Any, spec: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            for axis, dim in spec.items() if isinstance(spec, Mapping) else enumerate(spec or ()):
-                size = value.shape[axis]
-                name = getattr(dim, "__name__", None)
-                if name and isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and not hasattr(dim, "root"):
-                    found[size.node.expr] = name
-        elif isinstance(value, Mapping) and isinstance(spec, Mapping):
-            for key, item in value.items():
-                walk(item, spec.get(key))
-        elif isinstance(value, list | tuple) and isinstance(spec, list | tuple):
-            for item, part in zip(value, spec, strict=False):
-                walk(item, part)
-
-    del dims
-    for value, part in pairs:
-        walk(value, part)
-    return found
-
-
-def _symbols(program: ExportedProgram, names: Mapping[Any, str], minimums: Mapping[str, int]) -> dict[Any, Symbol]:
-    """Our symbol for each of torch's, with names and ranges."""
-    found: dict[Any, Symbol] = {}
-    for expression, limits in program.range_constraints.items():
-        if not expression.is_Symbol:
-            continue
-        name = names.get(expression, str(expression))
-        upper = int(limits.upper) if limits.upper.is_Integer and limits.upper < 2**31 else None
-        # torch starts ranges at 2 to keep 0 and 1 apart from other sizes; our references are valid from 1.
-        found[expression] = Symbol(name, minimums.get(name, 1), upper)
-    return found
-
-
 def _first_lines(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__
@@ -358,6 +252,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-
-
-__all__ = ["TrimtabError", "import_program", "trace"]
