@@ -27,7 +27,8 @@ def torch_dynamic_shapes(given: Any) -> tuple[Any, dict[str, int]]:
         if isinstance(spec, Mapping):
             return {key: convert(value) for key, value in spec.items()}
         if isinstance(spec, list | tuple):
-            return type(spec)(convert(value) for value in spec)
+            converted = [convert(value) for value in spec]
+            return tuple(converted) if isinstance(spec, tuple) else converted
         if hasattr(spec, "__name__") and isinstance(getattr(spec, "min", None), int):
             minimums[spec.__name__] = max(spec.min, 1)
         return spec
