@@ -16,7 +16,7 @@ from tvm import tirx
 
 from trimtab.backends.tvm.codegen.comparison import eq, larger
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product
-from trimtab.backends.tvm.codegen.gemm import Tile, accumulate_tile
+from trimtab.backends.tvm.codegen.gemm import Tile, accumulate_tile, each_vector
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
@@ -202,15 +202,12 @@ class _Attention:
 
         def panel(n: Expr) -> Stmt:
             def finish(acc: Any) -> Stmt:
-                return sequence(*(
-                    lanes_of(index(s), self.lanes, lambda c, r=r: store(
-                        scores, [index(r), n * index(self.panel) + c], load(acc, index(r), c) * scale))
-                    for r in range(height) for s in range(0, self.panel, self.lanes)
-                ))  # fmt: skip
+                return each_vector(
+                    tile, lambda r, c: store(scores, [r, n * index(self.panel) + c], load(acc, r, c) * scale))
 
             return accumulate_tile(
-                tile, height, p.dtype, p.depth,
-                lambda r, d: p.q(*batch, head, first + index(r), d),
+                tile, p.dtype, p.depth,
+                lambda r, d: p.q(*batch, head, first + r, d),
                 lambda d, c: load(keys, n, d, c), finish,
             )  # fmt: skip
 
@@ -222,27 +219,26 @@ class _Attention:
         for begin in range(0, self.padded_width, width):
             span = min(width, self.padded_width - begin)
             parts.append(accumulate_tile(
-                Tile(height, span, self.lanes), height, p.dtype, p.keys,
-                lambda r, j: load(scores, index(r), j),
+                Tile(height, span, self.lanes), p.dtype, p.keys,
+                lambda r, j: load(scores, r, j),
                 lambda j, c, b=begin: value(j, index(b) + c),
                 lambda acc, b=begin, s=span: self._store(batch, head, first, height, b, s, acc),
             ))  # fmt: skip
         return sequence(*parts)
 
     def _store(self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, acc: Any) -> Stmt:
-        parts = []
-        for r in range(height):
-            for s in range(0, span, self.lanes):
-                count = min(self.lanes, self.p.width - begin - s)
-                if count > 0:
-                    # A partial vector goes element by element: constant positions keep the accumulators in registers.
-                    parts += [lanes_of(index(s), count, lambda c, r=r: self.p.out(
-                        *batch, head, first + index(r), index(begin) + c, value=load(acc, index(r), c)))
-                    ] if count == self.lanes else [
-                        self.p.out(*batch, head, first + index(r), index(begin + s + c), value=load(acc, index(r), index(s + c)))
-                        for c in range(count)
-                    ]  # fmt: skip
-        return sequence(*parts)
+        """Write a finished tile; its last vector may be partly padding."""
+        width = min(span, self.p.width - begin)
+        whole = Tile(height, width // self.lanes * self.lanes, self.lanes)
+
+        def put(r: Expr, c: Expr) -> Stmt:
+            return self.p.out(*batch, head, first + r, index(begin) + c, value=load(acc, r, c))
+
+        full = each_vector(whole, put) if whole.columns else None
+        # The rest goes element by element: constant positions keep the accumulators in registers.
+        rest = loop(height, lambda r: loop(width - whole.columns, lambda c: put(r, index(whole.columns) + c), "unrolled", "c"),
+                    "unrolled", "r")  # fmt: skip
+        return sequence(full, rest if width > whole.columns else None)
 
     def _normalize(self, batch: list[Expr], head: Expr, query: Expr, r: Expr, scores: Any) -> Stmt:
         """Mask a row of scores and replace it by its softmax."""

@@ -76,40 +76,42 @@ def choose_tile(machine: Machine, dtype: str, rows: Expr, columns: Expr, fixed_c
 
 def accumulate_tile(
     tile: Tile,
-    rows: int,
     dtype: str,
     depth: Expr,
-    a: Callable[[int, Expr], Expr],
+    a: Callable[[Expr, Expr], Expr],
     b: Callable[[Expr, Expr], Expr],
     finish: Callable[[Any], Stmt],
 ) -> Stmt:
-    """``rows x tile.columns`` accumulators summed over ``depth``, then ``finish(accumulators)``.
+    """``tile.rows x tile.columns`` accumulators summed over ``depth``, then ``finish(accumulators)``.
 
     Args:
         a: factor at (row of the tile, k).
         b: factor at (k, column of the tile).
-        finish: what to do with the filled accumulator buffer ``[rows, columns]``.
+        finish: what to do with the filled accumulator buffer ``[rows, columns]``. It must address it through
+            :func:`each_vector`, so that every position is a constant and the buffer stays in registers.
     """
-    lanes = tile.lanes
-
-    def each_vector(body: Callable[[int, Expr], Stmt]) -> Stmt:
-        parts = []
-        for row in range(rows):
-            for start in range(0, tile.columns, lanes):
-                parts.append(loop(lanes, lambda lane, r=row, s=start: body(r, index(s) + lane), "vectorized", "lane"))
-        return sequence(*parts)
 
     def with_accumulators(acc: Any) -> Stmt:
         def multiply(k: Expr) -> Stmt:
-            return each_vector(lambda r, c: store(acc, [index(r), c], load(acc, index(r), c) + a(r, k) * b(k, c)))
+            return each_vector(tile, lambda r, c: store(acc, [r, c], load(acc, r, c) + a(r, k) * b(k, c)))
 
         return sequence(
-            each_vector(lambda r, c: store(acc, [index(r), c], zero(dtype))),
+            each_vector(tile, lambda r, c: store(acc, [r, c], zero(dtype))),
             loop(depth, multiply, name="k"),
             finish(acc),
         )
 
-    return scratch([rows, tile.columns], dtype, with_accumulators, "acc", "local")
+    return scratch([tile.rows, tile.columns], dtype, with_accumulators, "acc", "local")
+
+
+def each_vector(tile: Tile, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+    """``body(row, column)`` for the whole tile as unrolled vector operations."""
+    lanes = tile.lanes
+
+    def vector(row: Expr, v: Expr) -> Stmt:
+        return loop(lanes, lambda lane: body(row, v * index(lanes) + lane), "vectorized", "lane")
+
+    return loop(tile.rows, lambda row: loop(tile.columns // lanes, lambda v: vector(row, v), "unrolled", "v"), "unrolled", "r")
 
 
 class ContractionKernel:
@@ -229,19 +231,22 @@ class ContractionKernel:
         self, first_column: Expr, block: Expr, blocks: int, batch: dict[Any, Expr], b: Callable[[Expr, Expr], Expr]
     ) -> Stmt:
         rows, height = self.m.extent, self.tile.rows
-        spill_shape = [height, self.tile.columns]
 
         def tiles(height: int, spill: Any) -> Stmt:
-            def one(start: Expr) -> Stmt:
-                a_values = [{**batch, **self.m.at(start + index(r), self.m_linear)} for r in range(height)]
+            tile = Tile(height, self.tile.columns, self.tile.lanes)
 
-                def a(row: int, k: Expr) -> Expr:
-                    return rewrite(self.c.a, {**a_values[row], **self.k.at(k, self.k_linear_a)})
+            def one(start: Expr) -> Stmt:
+                def a(row: Expr, k: Expr) -> Expr:
+                    place = {**batch, **self.m.at(start + row, self.m_linear), **self.k.at(k, self.k_linear_a)}
+                    return rewrite(self.c.a, place, call=lower_call)
 
                 def finish(acc: Any) -> Stmt:
-                    return self._store(acc, height, start, first_column, batch, spill)
+                    return sequence(
+                        each_vector(tile, lambda r, c: store(spill, [r, c], load(acc, r, c))),
+                        self._store(spill, height, start, first_column, batch),
+                    )
 
-                return accumulate_tile(self.tile, height, self.dtype, self.k.extent, a, b, finish)
+                return accumulate_tile(tile, self.dtype, self.k.extent, a, b, finish)
 
             if int_value(rows) == height:
                 return one(index(0))
@@ -259,45 +264,33 @@ class ContractionKernel:
                 return tiles(min(height, known), spill)
             return tirx.IfThenElse(rows >= height, tiles(height, spill), tiles(1, spill))
 
-        n_known = int_value(self.n.extent)
-        if n_known is not None and n_known % self.tile.columns == 0:
-            return body(None)
-        return scratch(spill_shape, self.dtype, body, "spill")
+        return scratch([height, self.tile.columns], self.dtype, body, "tile")
 
-    def _store(self, acc: Any, rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr], spill: Any) -> Stmt:
-        """Apply the epilogue to a tile and write it, cutting the columns past the end."""
+    def _store(self, spill: Any, rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr]) -> Stmt:
+        """Apply the epilogue to a finished tile and write it, cutting the columns past the end.
 
-        def element(row: int | Expr, column: Expr, product_value: Expr) -> Stmt:
-            axes = {**batch, **self.m.at(start + row, self.m_linear), **self.n.at(first_column + column, self.n_linear_out)}
-            return self._output(axes, product_value)
+        The tile goes through the first-level cache on its way: that costs a few cycles per tile, and the epilogue is
+        generated once instead of once per register.
+        """
 
-        def whole() -> Stmt:
-            lanes = self.tile.lanes
-            parts = [
-                loop(lanes, lambda lane, r=row, s=begin: element(index(r), index(s) + lane, load(acc, index(r), index(s) + lane)), "vectorized", "lane")
-                for row in range(rows)
-                for begin in range(0, self.tile.columns, lanes)
-            ]
-            return sequence(*parts)
+        def row(r: Expr) -> Stmt:
+            def element(column: Expr) -> Stmt:
+                axes = {
+                    **batch, **self.m.at(start + r, self.m_linear), **self.n.at(first_column + column, self.n_linear_out),
+                }  # fmt: skip
+                return self._output(axes, load(spill, r, column))
 
-        if spill is None:
-            return whole()
-        lanes = self.tile.lanes
-        copies = [
-            loop(lanes, lambda lane, r=row, s=begin: store(spill, [index(r), index(s) + lane], load(acc, index(r), index(s) + lane)), "vectorized", "lane")
-            for row in range(rows)
-            for begin in range(0, self.tile.columns, lanes)
-        ]
-        known = int_value(self.n.extent)
-        rest: Expr = index(known % self.tile.columns) if known is not None else self.n.extent - first_column
+            whole = vectors(self.tile.columns, self.tile.lanes, element)
+            known = int_value(self.n.extent)
+            if known is not None and known % self.tile.columns == 0:
+                return whole
+            rest: Expr = index(known % self.tile.columns) if known is not None else self.n.extent - first_column
+            cut = vectors(rest, self.tile.lanes, element)
+            if known is not None and known < self.tile.columns:
+                return cut
+            return tirx.IfThenElse(first_column + index(self.tile.columns) <= self.n.extent, whole, cut)
 
-        def row_tail(row: Expr) -> Stmt:
-            return vectors(rest, lanes, lambda column: element(row, column, load(spill, row, column)))
-
-        cut = sequence(*copies, loop(rows, row_tail, name="row"))
-        if known is not None and known < self.tile.columns:
-            return cut
-        return tirx.IfThenElse(first_column + index(self.tile.columns) <= self.n.extent, whole(), cut)
+        return loop(rows, row, name="row")
 
     def _output(self, axes: dict[Any, Expr], product_value: Expr) -> Stmt:
         c, out = self.c.stage, self.c.output
