@@ -39,6 +39,8 @@ def report(error: BaseException, arguments: Sequence[str]) -> int:
         # Python flushes standard output once more at exit; there is nobody to read it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    if isinstance(error, SystemExit):  # a library's doing
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     if "--debug" in arguments:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, TrimtabError):

@@ -29,7 +29,7 @@ app = typer.Typer(
     name="trimtab",
     help="Compile transformer models: trace, rewrite, generate native code, run without the framework.",
     epilog="Exit codes and examples: docs/cli.md",
-    no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,13 +50,19 @@ for _name, _function in COMMANDS.items():
     app.command(_name)(_function)
 
 
-@app.callback()
-def _global_options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"trimtab {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,14 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What libraries and the user's own model file print must not get into the JSON document.
     redirected = contextlib.redirect_stdout(sys.stderr) if "--json" in given else contextlib.nullcontext()
     try:
-        with redirected:
-            code = app(args=given, prog_name="trimtab", standalone_mode=False)
+        # Not app(): that turns Ctrl-C and closed pipes into exit codes of its own.
+        with redirected, typer.main.get_command(app).make_context("trimtab", given or ["--help"]) as context:
+            context.command.invoke(context)
         sys.stdout.flush()
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 0
+    except typer.Exit as leaving:
+        return leaving.exit_code
     except BaseException as error:  # Ctrl-C too: whatever it is, it is reported here and nowhere else
         return report(error, given)
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -50,9 +50,13 @@ def console(stderr: bool = False) -> Console:
     """A rich console that neither wraps nor colours text that goes to a file or a pipe."""
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit by itself; trimtab.cli.error_report decides
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else 200
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return PlainConsole(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def table(title: str, columns: Sequence[str], right: Iterable[str] = ()) -> Table:

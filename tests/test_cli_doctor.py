@@ -1,0 +1,70 @@
+"""``doctor``: says what works, and for what does not, why and what to install."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from typing import Any
+
+import pytest
+from cli_harness import Commands
+
+from trimtab.backends.base import BackendStatus
+from trimtab.compiler import BACKENDS, find_backend
+from trimtab.errors import BackendError
+
+
+@pytest.fixture
+def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(capsys)
+
+
+def test_doctor_reports_packages_processor_and_backends(commands: Commands) -> None:
+    document = commands.ok("doctor", "--quick", "--json").json
+    versions = {row["package"]: row["version"] for row in document["packages"]}
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert document["processor"]["usable_cores"] >= 1
+    assert document["linker"] == shutil.which("cc") or document["linker"]
+    assert [row["name"] for row in document["backends"]] == list(BACKENDS)
+    assert document["trial"] is None
+    text = commands.ok("doctor", "--quick").out
+    for part in ("numpy", "apache-tvm", "native", "x86-64-v3", "trial: skipped"):
+        assert part in text
+
+
+def test_doctor_compiles_a_tiny_model(commands: Commands) -> None:
+    pytest.importorskip("tvm")
+    trial = commands.ok("doctor", "--json").json["trial"]
+    assert trial["works"], trial["message"]
+    assert trial["error"] is None
+
+
+def test_a_failing_trial_is_reported(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tvm")
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise BackendError("the code generator is out of order", fix="have it repaired")
+
+    monkeypatch.setattr("trimtab.compile", fail, raising=False)
+    outcome = commands("doctor")
+    assert outcome.code == 1
+    assert "trial: FAILED" in outcome.out
+    assert "have it repaired" in outcome.out
+
+
+def test_a_backend_that_does_not_work_says_why(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = BackendStatus("tvm", False, reason="the package apache-tvm is not installed", fix="pip install it")
+    monkeypatch.setattr(type(find_backend("tvm")), "status", lambda self: status)
+    outcome = commands.ok("doctor")
+    assert "the package apache-tvm is not installed: pip install it" in outcome.out
+    assert "trial: skipped" in outcome.out
+
+
+def test_a_missing_package_says_how_to_get_it(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("trimtab.cli.machine_state.importlib.metadata.version", version)
+    out = commands("doctor", "--quick").out
+    assert "missing" in out
+    assert 'pip install "trimtab[onnx]"' in out
