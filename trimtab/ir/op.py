@@ -249,6 +249,12 @@ class Op:
     ) -> Op:
         """Build an op with stated result types instead of inferred ones; the parser's way in."""
         op: Op = object.__new__(cls)
+        unknown = set(attributes) - set(cls.attribute_fields)
+        if unknown:
+            raise UsageError(
+                f"{cls.name} has no such attribute",
+                values={"unknown": sorted(unknown), "known": list(cls.attribute_fields)},
+            )
         filled = [op._operand_group(field, groups.get(field.name)) for field in cls.operand_fields]
         hints = cls._attribute_hints()
         complete = {}
@@ -259,12 +265,6 @@ class Op:
                 complete[name] = declared.default
             else:
                 raise UsageError(f"{cls.name} needs the attribute {name}")
-        unknown = set(attributes) - set(cls.attribute_fields)
-        if unknown:
-            raise UsageError(
-                f"{cls.name} has no such attribute",
-                values={"unknown": sorted(unknown), "known": list(cls.attribute_fields)},
-            )
         op._setup(tuple(v for group in filled for v in group), tuple(map(len, filled)), complete, tuple(regions))
         op._make_results(result_types)
         return op

@@ -64,6 +64,7 @@ class _Parser:
         self._text = text
         self._file = file
         self._at = 0
+        self._token = 0
         self._sources = sources
         self._symbols: dict[str, Symbol] = {}
         self._weights: dict[str, Weight] = {}
@@ -76,7 +77,7 @@ class _Parser:
         if not self._accept_word(word):
             self._fail("not the text form of a module", f"the first line is `{FORMAT_LINE}`")
         if (found := self._integer()) != int(version):
-            self._fail("the text has another version", values={"found": found, "known": version},
+            self._reject("the text has another version", values={"found": found, "known": version},
                        fix="use the version of Trimtab that wrote it, or write it again")  # fmt: skip
         if self._accept_word("symbols"):
             self._list(self._symbol_declaration)
@@ -87,7 +88,7 @@ class _Parser:
         while self._accept_word("graph"):
             name = self._name()
             if name in module.graphs:
-                self._fail("a graph is defined twice", values={"graph": name})
+                self._reject("a graph is defined twice", values={"graph": name})
             module.graphs[name] = self._graph(name)
         self._skip()
         if self._at < len(self._text):
@@ -103,7 +104,7 @@ class _Parser:
         self._expect("..")
         high = self._integer() if _INTEGER.match(self._text, self._at) else None
         if name in self._symbols:
-            self._fail("a symbol is declared twice", values={"symbol": name})
+            self._reject("a symbol is declared twice", values={"symbol": name})
         try:
             self._symbols[name] = Symbol(name, low, high)
         except UsageError as error:
@@ -119,7 +120,7 @@ class _Parser:
         trainable = self._accept_word("trainable")
         sha256 = self._match(_HASH, "a hash") if self._accept("sha256=") else ""
         if id in self._weights:
-            self._fail("a weight is declared twice", values={"weight": id})
+            self._reject("a weight is declared twice", values={"weight": id})
         self._weights[id] = Weight(id, type, self._sources(id, type), trainable=trainable, sha256=sha256)
 
     def _graph(self, name: str) -> Graph:
@@ -167,7 +168,7 @@ class _Parser:
         mnemonic = self._word()
         cls = op_class(mnemonic)
         if cls is None:
-            self._fail("unknown op", values={"op": mnemonic}, fix="see the IR reference for the ops there are")
+            self._reject("unknown op", values={"op": mnemonic}, fix="see the IR reference for the ops there are")
         groups = self._operands(cls, graph, scope)
         attributes: dict[str, Any] = {}
 
@@ -175,7 +176,7 @@ class _Parser:
             name = self._word()
             self._expect("=")
             if name in attributes:
-                self._fail("an attribute is given twice", values={"attribute": name})
+                self._reject("an attribute is given twice", values={"attribute": name})
             attributes[name] = self._attribute()
 
         if cls.region_fields and self._peek("graph"):
@@ -230,18 +231,18 @@ class _Parser:
         if self._accept("@"):
             id = self._name()
             if id not in self._weights:
-                self._fail("an undeclared weight is used", values={"weight": f"@{id}"})
+                self._reject("an undeclared weight is used", values={"weight": f"@{id}"})
             return graph.weight(self._weights[id])
         self._expect("%")
         name = self._name()
         if name not in scope:
-            self._fail("a value is used before it is defined", values={"value": f"%{name}"})
+            self._reject("a value is used before it is defined", values={"value": f"%{name}"})
         return scope[name]
 
     def _type(self) -> TensorType:
         word = self._word()
         if word not in _DTYPES:
-            self._fail("unknown element type", values={"dtype": word, "known": " ".join(_DTYPES)})
+            self._reject("unknown element type", values={"dtype": word, "known": " ".join(_DTYPES)})
         dims: list[Dim] = []
         self._expect("[")
         self._list(lambda: dims.append(self._dim()), end="]")
@@ -252,7 +253,7 @@ class _Parser:
         try:
             return parse_dim(text, self._symbols)
         except ParseError as error:
-            self._fail(error.what, error.rule, values=error.values, fix=error.fix)
+            self._reject(error.what, error.rule, values=error.values, fix=error.fix)
 
     def _attribute(self, depth: int = 0) -> Any:
         self._skip()
@@ -320,6 +321,7 @@ class _Parser:
         match = pattern.match(self._text, self._at)
         if match is None:
             self._fail(f"expected {what}")
+        self._token = self._at
         self._at = match.end()
         return match.group()
 
@@ -331,7 +333,7 @@ class _Parser:
 
     def _to_int(self, digits: str) -> int:
         if len(digits) > _MAX_DIGITS:
-            self._fail("an integer is too long", values={"digits": len(digits), "limit": _MAX_DIGITS})
+            self._reject("an integer is too long", values={"digits": len(digits), "limit": _MAX_DIGITS})
         return int(digits)
 
     def _string(self) -> str:
@@ -339,7 +341,7 @@ class _Parser:
         try:
             value = json.loads(text)
         except ValueError as error:
-            self._fail("cannot read a string", str(error))
+            self._reject("cannot read a string", str(error))
         return str(value)
 
     def _value_name(self) -> tuple[str, str]:
@@ -362,7 +364,8 @@ class _Parser:
     def _raw(self) -> str:
         """The text up to the comma or closing bracket that ends a dimension or attribute."""
         self._skip()
-        start, depth = self._at, 0
+        self._token = start = self._at
+        depth = 0
         while self._at < len(self._text):
             char = self._text[self._at]
             if depth == 0 and char in ",]})\n":
@@ -382,6 +385,13 @@ class _Parser:
             item()
         if end:
             self._expect(end)
+
+    def _reject(
+        self, what: str, rule: str = "", *, values: Mapping[str, Any] | None = None, fix: str = ""
+    ) -> NoReturn:
+        """Fail at the token just read rather than behind it."""
+        self._at = self._token
+        self._fail(what, rule, values=values, fix=fix)
 
     def _fail(self, what: str, rule: str = "", *, values: Mapping[str, Any] | None = None, fix: str = "") -> NoReturn:
         line = self._text.count("\n", 0, self._at) + 1
