@@ -8,6 +8,7 @@ Results are memoised by op class, operand types and attributes: a model with 96 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +45,12 @@ def infer_by_reference(op: Op) -> tuple[TensorType, ...]:
             found = _run(op, groups)
         except TrimtabError as error:
             found = error
-        except Exception as error:  # whatever torch raises for shapes it refuses
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+        except _Refusal as error:
             found = VerificationError(
                 f"{op.name} does not accept its operands",
                 values={field.name: _group_text(group) for field, group in zip(op.operand_fields, groups, strict=True)}
                 | op.attributes,
-                rule=reason[0],
+                rule=str(error),
             )
         if len(_cache) >= _CACHE_LIMIT:
             _cache.clear()
@@ -82,6 +82,10 @@ def result_tuple(outcome: Any) -> tuple[Any, ...]:
     return tuple(outcome) if isinstance(outcome, tuple | list) else (outcome,)
 
 
+class _Refusal(Exception):
+    """A reference raised on the shapes it was given; the text is the first line of why, in terms of our symbols."""
+
+
 class _Silence:
     """Mutes the warnings torch logs while a reference rejects shapes; the error itself carries the message."""
 
@@ -108,11 +112,16 @@ def _run(op: Op, groups: tuple[Any, ...]) -> tuple[TensorType, ...]:
         return torch.empty([scope.to_torch(dim) for dim in type.shape], dtype=type.dtype.to_torch())
 
     with _Silence(), torch.no_grad(), FakeTensorMode(shape_env=scope.environment, allow_non_fake_inputs=True):
-        operands = [
-            None if group is None else [fake(t) for t in group] if isinstance(group, tuple) else fake(group)
-            for group in groups
-        ]
-        outcome = op.reference(*operands, **reference_attributes(op.attributes, scope.to_torch))
+        try:
+            operands = [
+                None if group is None else [fake(t) for t in group] if isinstance(group, tuple) else fake(group)
+                for group in groups
+            ]
+            outcome = op.reference(*operands, **reference_attributes(op.attributes, scope.to_torch))
+        except TrimtabError:
+            raise
+        except Exception as error:  # whatever torch raises for shapes it refuses
+            raise _Refusal(scope.translate(str(error)) or type(error).__name__) from error
     scope.refuse_assumptions(op)
     return tuple(
         TensorType(DType.from_torch(tensor.dtype), tuple(map(scope.from_torch, tensor.shape)))
@@ -142,6 +151,13 @@ class _SymbolScope:
         import torch
 
         return dim_from_sympy(size.node.expr, self._theirs) if isinstance(size, torch.SymInt) else int(size)
+
+    def translate(self, message: str) -> str:
+        """The first line of a message of torch, with our names for its symbols."""
+        line = next(iter(message.strip().splitlines()), "")
+        for name, ours in self._theirs.items():
+            line = re.sub(rf"\b{re.escape(str(name))}\b", ours.name, line)
+        return line
 
     def refuse_assumptions(self, op: Op) -> None:
         """Raise if torch took a symbol for a number, or two symbols for one, to make the reference work."""

@@ -37,6 +37,9 @@ class OpList:
             while op is not None and op.graph is not self._graph:
                 op = op._next
 
+    def __contains__(self, op: object) -> bool:
+        return getattr(op, "graph", None) is self._graph
+
     def __reversed__(self) -> Iterator[Op]:
         op = self._last
         while op is not None:

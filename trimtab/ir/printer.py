@@ -59,6 +59,16 @@ def print_op(op: Op) -> str:
     )
 
 
+def describe_op(op: Op) -> str:
+    """One line about an op as it stands in the text of its graph, so that the two can be compared."""
+    return _op_head(op, _Names(op.graph)) if op.graph is not None and op in op.graph.ops else print_op(op)
+
+
+def describe_value(graph: Graph, value: Value) -> str:
+    """A value and its type, with the name it has in the text of ``graph``."""
+    return f"{_Names(graph)(value)}: {value.type}"
+
+
 def quote_name(name: str) -> str:
     """A name as it stands after ``%`` or ``@``: bare when it can be, else as a JSON string.
 
@@ -85,7 +95,7 @@ class _Names:
     def __call__(self, value: Value) -> str:
         if value.is_weight:
             return "@" + quote_name(value.weight)
-        return "%" + self._names[value] if value in self._names else f"%<undefined {value.serial}>"
+        return "%" + (self._names.get(value) or (quote_name(value.name) if value.name else "<undefined>"))
 
     def _assign(self, value: Value) -> None:
         name = value.name

@@ -12,6 +12,7 @@ from trimtab.ir.attributes import attribute_symbols
 from trimtab.ir.core import Graph, Module, Use, Value
 from trimtab.ir.dims import Symbol
 from trimtab.ir.op import Op
+from trimtab.ir.printer import describe_op, describe_value
 
 Rule = Callable[[Module, Graph], Iterator[VerificationError]]
 
@@ -45,31 +46,35 @@ def values_are_defined_before_use(module: Module, graph: Graph) -> Iterator[Veri
     for op in graph.ops:
         for value in op.operands:
             if not value.is_weight and value not in defined:
-                yield _violation(values_are_defined_before_use, "a value is used before it is defined", op, value)
+                yield _violation(
+                    values_are_defined_before_use, "a value is used before it is defined", graph, op, value
+                )
         defined.update(op.results)
     for value in graph.outputs:
         if not value.is_weight and value not in defined:
-            yield _violation(values_are_defined_before_use, "a graph returns a value it does not define", None, value)
+            yield _violation(
+                values_are_defined_before_use, "a graph returns a value it does not define", graph, None, value
+            )
 
 
 def uses_are_recorded(module: Module, graph: Graph) -> Iterator[VerificationError]:
     """a value lists exactly the operands and outputs that read it"""
     for op in graph.ops:
         if op.graph is not graph:
-            yield _violation(uses_are_recorded, "an op does not know its graph", op, None)
+            yield _violation(uses_are_recorded, "an op does not know its graph", graph, op, None)
         for index, value in enumerate(op.operands):
             if Use(op, index) not in value._uses:
-                yield _violation(uses_are_recorded, "a use is not recorded", op, value)
+                yield _violation(uses_are_recorded, "a use is not recorded", graph, op, value)
         for index, result in enumerate(op.results):
             if result.producer is not op or result.index != index:
-                yield _violation(uses_are_recorded, "a result does not know its op", op, result)
+                yield _violation(uses_are_recorded, "a result does not know its op", graph, op, result)
             yield from _missing_uses(graph, op, result)
     for index, value in enumerate(graph.outputs):
         if Use(graph, index) not in value._uses:
-            yield _violation(uses_are_recorded, "a use is not recorded", None, value)
+            yield _violation(uses_are_recorded, "a use is not recorded", graph, None, value)
     for index, value in enumerate(graph.inputs):
         if value.producer is not None or value.index != index or value.is_weight:
-            yield _violation(uses_are_recorded, "an input does not know its place", None, value)
+            yield _violation(uses_are_recorded, "an input does not know its place", graph, None, value)
     for value in (*graph.inputs, *graph.weights):
         yield from _missing_uses(graph, None, value)
 
@@ -79,7 +84,7 @@ def _missing_uses(graph: Graph, op: Op | None, value: Value) -> Iterator[Verific
         reads = user.outputs if isinstance(user, Graph) else user.operands
         owner = user if isinstance(user, Graph) else user.graph
         if index >= len(reads) or reads[index] is not value or owner is not graph:
-            yield _violation(uses_are_recorded, "a value lists a use that is not there", op, value)
+            yield _violation(uses_are_recorded, "a value lists a use that is not there", graph, op, value)
 
 
 def sizes_are_not_negative(module: Module, graph: Graph) -> Iterator[VerificationError]:
@@ -87,7 +92,7 @@ def sizes_are_not_negative(module: Module, graph: Graph) -> Iterator[Verificatio
     owners = [(None, value) for value in graph.inputs] + [(op, value) for op in graph.ops for value in op.results]
     for op, value in owners:
         if any(isinstance(dim, int) and dim < 0 for dim in value.type.shape):
-            yield _violation(sizes_are_not_negative, "a dimension is negative", op, value)
+            yield _violation(sizes_are_not_negative, "a dimension is negative", graph, op, value)
 
 
 def weights_are_in_the_table(module: Module, graph: Graph) -> Iterator[VerificationError]:
@@ -95,16 +100,16 @@ def weights_are_in_the_table(module: Module, graph: Graph) -> Iterator[Verificat
     for op in graph.ops:
         for value in op.operands:
             if value.is_weight and graph._weights.get(value.weight) is not value:
-                yield _violation(weights_are_in_the_table, "an op reads a weight of another graph", op, value)
+                yield _violation(weights_are_in_the_table, "an op reads a weight of another graph", graph, op, value)
     for value in graph.outputs:
         if value.is_weight and graph._weights.get(value.weight) is not value:
-            yield _violation(weights_are_in_the_table, "a graph returns a weight of another graph", None, value)
+            yield _violation(weights_are_in_the_table, "a graph returns a weight of another graph", graph, None, value)
     for value in graph.weights:
         weight = module.weights.get(value.weight)
         if weight is None or weight.type != value.type:
-            yield _violation(weights_are_in_the_table, "a weight is missing or has another type", None, value)
+            yield _violation(weights_are_in_the_table, "a weight is missing or has another type", graph, None, value)
         elif not weight.type.is_static:
-            yield _violation(weights_are_in_the_table, "a weight has a symbolic shape", None, value)
+            yield _violation(weights_are_in_the_table, "a weight has a symbolic shape", graph, None, value)
 
 
 def types_are_what_the_reference_gives(module: Module, graph: Graph) -> Iterator[VerificationError]:
@@ -113,7 +118,6 @@ def types_are_what_the_reference_gives(module: Module, graph: Graph) -> Iterator
         try:
             inferred = op.infer()
         except VerificationError as error:
-            error.where = error.where or _name_op(op)
             yield VerificationError(
                 error.what,
                 values=error.values,
@@ -152,13 +156,19 @@ def ops_accept_themselves(module: Module, graph: Graph) -> Iterator[Verification
 
 def symbols_come_from_inputs(module: Module, graph: Graph) -> Iterator[VerificationError]:
     """every symbol in a type or attribute occurs in the shape of an input of the module"""
-    known = {s for g in module.graphs.values() for s in g.symbols().values()}
+    known = {s.name: s for g in module.graphs.values() for s in g.symbols().values()}
     for op in graph.ops:
         used = frozenset().union(
             *(value.type.symbols for value in op.results), *map(attribute_symbols, op.attributes.values())
         )
-        for symbol in used - known:
-            yield _violation(symbols_come_from_inputs, f"the symbol {symbol} is not bound by an input", op, None)
+        for symbol in used:
+            bound = known.get(symbol.name)
+            if bound is None:
+                what = f"the symbol {symbol} is not bound by an input"
+                yield _violation(symbols_come_from_inputs, what, graph, op, None)
+            elif bound != symbol:
+                what = f"the symbol {symbol} has the range {symbol.range_text} here and {bound.range_text} in an input"
+                yield _violation(symbols_come_from_inputs, what, graph, op, None)
 
 
 def names_of_the_signature_are_distinct(module: Module, graph: Graph) -> Iterator[VerificationError]:
@@ -179,23 +189,23 @@ RULES: tuple[Rule, ...] = (
     uses_are_recorded,
     weights_are_in_the_table,
     sizes_are_not_negative,
+    symbols_come_from_inputs,
     types_are_what_the_reference_gives,
     ops_accept_themselves,
-    symbols_come_from_inputs,
     names_of_the_signature_are_distinct,
 )
 
 
-def _violation(rule: Rule, what: str, op: Op | None, value: Value | None) -> VerificationError:
+def _violation(rule: Rule, what: str, graph: Graph, op: Op | None, value: Value | None) -> VerificationError:
     location: Location | None = op.location if op is not None else None
     return VerificationError(
         what,
-        values={"value": value} if value is not None else {},
+        values={"value": describe_value(graph, value)} if value is not None else {},
         rule=str(rule.__doc__),
-        where=_name_op(op) if op is not None else "",
+        where=_name_op(op) if op is not None else f"graph {graph.name}" if graph.name else "a region",
         location=location,
     )
 
 
 def _name_op(op: Op) -> str:
-    return f"op {op!r}"
+    return f"op {describe_op(op)}"
