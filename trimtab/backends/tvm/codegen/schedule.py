@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvm import ir, tirx
+from tvm_ffi import structural_equal
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, find_contraction
 from trimtab.backends.tvm.codegen.expression import Expr, loads_of, rewrite
@@ -70,6 +71,9 @@ def _extend_epilogue(program: Program, contraction: Contraction, stage: Stage) -
     if stage.is_reduction or not program.is_temporary(previous.buffer) or len(stage.axes) != len(previous.axes):
         return False
     if any(reader is not stage for reader in program.readers(previous.buffer)):
+        return False
+    # A slice from 0 reads the tile at its own position too, but covers less of it.
+    if not all(map(structural_equal, stage.extents, previous.extents)):
         return False
     own = [access for access in loads_of(stage.value) if access.source.same_as(previous.buffer)]
     if not own:
