@@ -65,6 +65,10 @@ class AttributeField:
         self.name = name
         self.default = default
 
+    @property
+    def is_required(self) -> bool:
+        return self.default is _REQUIRED
+
     def __get__(self, op: Op | None, owner: type[Op]) -> Any:
         return self if op is None else op.attributes[self.name]
 

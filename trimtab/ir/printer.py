@@ -153,19 +153,13 @@ def _op_head(op: Op, names: Callable[[Value], str]) -> str:
     shown = {
         name: value
         for name, value in op.attributes.items()
-        if print_attribute(value) != print_attribute_or_none(op.attribute_fields[name].default)
+        if (field := op.attribute_fields[name]).is_required or print_attribute(value) != print_attribute(field.default)
     }
     attributes = ", ".join(f"{name}={print_attribute(value)}" for name, value in shown.items())
     types = ", ".join(str(value.type) for value in op.results)
     return (
         f"{results} = {op.name}({', '.join(arguments)})" + (f" {{{attributes}}}" if attributes else "") + f" : {types}"
     )
-
-
-def print_attribute_or_none(default: object) -> str | None:
-    """The text of an attribute's default, or None for an attribute that has none."""
-    is_value = default is None or isinstance(default, bool | int | float | str | tuple) or hasattr(default, "bits")
-    return print_attribute(default) if is_value else None
 
 
 def _location_text(location: Location) -> str:
