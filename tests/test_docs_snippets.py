@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 
 from trimtab.cli.main import main
+from trimtab.ir import OP_CLASSES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -57,6 +58,7 @@ def run_page(name: str, page: str) -> None:
     """Run the blocks of a page in the current folder."""
     module = ModuleType(f"docs_page_{re.sub(r'[^a-zA-Z0-9]', '_', name)}")
     sys.modules[module.__name__] = module  # dataclasses look their module up by name
+    ops_of_trimtab = dict(OP_CLASSES)
     printed: str | None = None
     try:
         for block in blocks(page):
@@ -68,6 +70,9 @@ def run_page(name: str, page: str) -> None:
                 assert printed is not None, f"{name}:{block.line}: output of what?"
                 assert printed == block.text, f"{name}:{block.line}: the code prints\n{printed}"
     finally:
+        # An op that a page declares must not take part in other tests.
+        OP_CLASSES.clear()
+        OP_CLASSES.update(ops_of_trimtab)
         del sys.modules[module.__name__]
 
 
