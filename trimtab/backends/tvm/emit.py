@@ -18,7 +18,7 @@ from trimtab.backends.tvm.codegen.program import LOOPS
 from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.creation import constant_of
-from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, tvm_dtype
+from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, const, tvm_dtype
 from trimtab.errors import BackendError, InternalError, TrimtabError
 from trimtab.ir import ops
 from trimtab.ir.attributes import attribute_symbols
@@ -228,6 +228,8 @@ class _GraphEmitter:
         constant = _constant_producer(value)
         if constant is not None:
             return _Argument(value.type, None, constant=constant)
+        if 0 in value.type.shape:
+            return _Argument(value.type, None)  # nothing will be read from it
         if value.is_weight:
             layout = self.owner.layouts[value.weight]
             return _Argument(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)
@@ -264,7 +266,8 @@ class _GraphEmitter:
             if size % ALIGNMENT == 0:
                 extents = relax.ShapeExpr([tirx.const(d, "int64") for d in shape])
                 view = relax.op.memory.view(self.weights[value.weight], extents, None, tirx.const(iteration * size, "int64"))
-                return builder.emit(view)
+                # The kernels want their data at offset 0: on CPUs this moves the pointer and copies nothing.
+                return builder.emit(relax.op.memory.ensure_zero_offset(builder.emit(view)))
         return self._call_one(ops.Select(value, 0, iteration))
 
     def _call_one(self, op: Op) -> Any:
@@ -331,6 +334,8 @@ def _build_function(owner: _ModuleEmitter, op: Op, rule: Rule, arguments: Sequen
     def operand(argument: _Argument) -> Operand:
         if argument.constant is not None:
             return Operand(argument.type, scope.shape(argument.type.shape), constant=constant_of(argument.constant, scope))
+        if argument.expr is None:
+            return Operand(argument.type, scope.shape(argument.type.shape), constant=const(0, tvm_dtype(argument.type.dtype)))
         stored = argument.stored or argument.type
         shape = scope.shape(stored.shape)
         if argument.packed:

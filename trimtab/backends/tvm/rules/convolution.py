@@ -8,7 +8,7 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.contraction import rounded
-from trimtab.backends.tvm.rules.registry import FUSE_EPILOGUE, STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, i64, lowers, work_type
+from trimtab.backends.tvm.rules.registry import FUSE_EPILOGUE, STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, guarded, i64, lowers, work_type
 from trimtab.ir import ops
 
 
@@ -19,13 +19,8 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], work: str) -
     shape = [*x.shape[:2], *(e + i64(a + b) for e, a, b in zip(x.shape[2:], before, after, strict=True))]
 
     def element(*indices: Expr) -> Expr:
-        inside, source = None, list(indices[:2])
-        for index, extent, low in zip(indices[2:], x.shape[2:], before, strict=True):
-            at = index - i64(low)
-            source.append(tirx.max(i64(0), tirx.min(at, extent - i64(1))))
-            test = tirx.And(at >= i64(0), at < extent)
-            inside = test if inside is None else tirx.And(inside, test)
-        return tirx.Select(inside, cast(x(*source), work), const(0, work))
+        places = [index - i64(low) for index, low in zip(indices[2:], before, strict=True)]
+        return guarded(places, x.shape[2:], lambda at: cast(x(*indices[:2], *at), work), const(0, work))
 
     tensor = compute(shape, element, "padded", materialize=True)
     return lambda *i: tensor(*i)
@@ -74,17 +69,15 @@ def _transposed(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operan
 
     def term(*indices: Expr) -> Expr:
         batch, out, *spatial = indices
-        valid, places = None, []
-        for s, t, stride, pad, dilation, extent in zip(spatial, taps, op.stride, op.padding, op.dilation, x.shape[2:], strict=True):
+        exact, places = None, []
+        for s, t, stride, pad, dilation in zip(spatial, taps, op.stride, op.padding, op.dilation, strict=True):
             shifted = s + i64(pad) - t.var * i64(dilation)
-            place = tirx.floordiv(shifted, i64(stride))
-            test = tirx.And(place >= i64(0), place < extent)
+            places.append(tirx.floordiv(shifted, i64(stride)))
             if stride != 1:
-                test = tirx.And(test, tirx.EQ(tirx.floormod(shifted, i64(stride)), i64(0)))
-            valid = test if valid is None else tirx.And(valid, test)
-            places.append(tirx.max(i64(0), tirx.min(place, extent - i64(1))))
+                test = tirx.EQ(tirx.floormod(shifted, i64(stride)), i64(0))
+                exact = test if exact is None else tirx.And(exact, test)
         source = tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + channel.var if op.groups > 1 else channel.var
-        value = tirx.Select(valid, cast(x(batch, source, *places), work), const(0, work))
+        value = guarded(places, x.shape[2:], lambda at: cast(x(batch, source, *at), work), const(0, work), exact)
         within = tirx.floormod(out, i64(per_group_out)) if op.groups > 1 else out
         return te.sum(value * cast(weight(source, within, *(t.var for t in taps)), work), axis=[channel, *taps])
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from tvm import tirx
 
-from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, compute, const, i64, lowers
+from trimtab.backends.tvm.codegen.expression import int_value, product
+from trimtab.backends.tvm.codegen.loops import loop, nothing, sequence, vectors
+from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, Target, compute, const, guarded, i64, loops_for, lowers
 from trimtab.ir import ops
 
 
@@ -122,30 +124,30 @@ def _triangle(op: Any, scope: Scope, x: Operand) -> Any:
 
 @lowers(ops.Pad)
 def _pad(op: Any, scope: Scope, x: Operand) -> Any:
-    # A constant pad keeps one test per element; the other modes fold the position back into the tensor.
+    axes = [axis for axis in range(x.rank) if op.before[axis] or op.after[axis]]
+
     def element(*indices: Expr) -> Expr:
-        inside, source = None, []
-        for axis, (index, extent) in enumerate(zip(indices, x.shape, strict=True)):
-            low, high = op.before[axis], op.after[axis]
-            if not low and not high:
-                source.append(index)
-                continue
-            at = index - i64(low)
-            source.append(_fold(op.mode, at, extent))
-            test = tirx.And(at >= i64(0), at < extent)
-            inside = test if inside is None else tirx.And(inside, test)
-        value = x(*source)
-        if op.mode != "constant" or inside is None:
-            return value
+        places = [indices[axis] - i64(op.before[axis]) for axis in axes]
+
+        def read(at: Sequence[Expr]) -> Expr:
+            source = list(indices)
+            for axis, place in zip(axes, at, strict=True):
+                source[axis] = place
+            return x(*source)
+
+        if not axes:
+            return x(*indices)
+        if op.mode != "constant":
+            return read([_fold(op.mode, place, x.shape[axis]) for axis, place in zip(axes, places, strict=True)])
         fill = bool(op.value) if x.dtype == "bool" else float(op.value) if op.x.type.dtype.is_floating else int(op.value)
-        return tirx.Select(inside, value, const(fill, x.dtype))
+        return guarded(places, [x.shape[axis] for axis in axes], read, const(fill, x.dtype))
 
     return compute(scope.shape(op.result.type.shape), element, "pad")
 
 
 def _fold(mode: str, at: Expr, size: Expr) -> Expr:
-    """A position outside ``0 .. size - 1`` brought inside; clamped for constant pads, whose value is not used."""
-    if mode in ("constant", "edge"):
+    """A position outside ``0 .. size - 1`` brought inside."""
+    if mode == "edge":
         return tirx.max(i64(0), tirx.min(at, size - i64(1)))
     if mode == "wrap":
         return tirx.floormod(at, size)
@@ -154,25 +156,46 @@ def _fold(mode: str, at: Expr, size: Expr) -> Expr:
     return tirx.min(folded, period - folded) if mode == "reflect" else folded
 
 
-@lowers(ops.Concat)
-def _concat(op: Any, scope: Scope, values: list[Operand]) -> Any:
-    starts: list[Expr] = [scope.dim(0)]
-    for value in values[:-1]:
-        starts.append(starts[-1] + value.shape[op.dim])
+@loops_for(ops.Concat)
+def _concat(op: Any, scope: Scope, outs: list[Target], values: list[Operand]) -> Any:
+    """One copy loop per part."""
+    (out,) = outs
+    parts, start = [], scope.dim(0)
+    for value in values:
+        if 0 not in value.type.shape:
+            parts.append(_copy_part(scope, out, value, op.dim, start))
+        start = start + value.shape[op.dim]
+    return sequence(*parts) if parts else nothing()
 
-    def element(*indices: Expr) -> Expr:
-        at = indices[op.dim]
 
-        def read(position: int) -> Expr:
-            source = list(indices)
-            own = at - starts[position]
-            # Clamped, because both arms of a select are computed.
-            source[op.dim] = tirx.max(i64(0), tirx.min(own, values[position].shape[op.dim] - i64(1)))
-            return values[position](*source)
+def _copy_part(scope: Scope, out: Target, value: Operand, dim: int, start: Expr) -> Any:
+    # The axes from `dim` on are contiguous in a part and, shifted, in the result.
+    rows, inner = product(value.shape[:dim]), product(value.shape[dim:])
+    lanes = scope.machine.lanes(value.dtype)
 
-        result = read(len(values) - 1)
-        for position in range(len(values) - 2, -1, -1):
-            result = tirx.Select(at < starts[position + 1], read(position), result)
-        return result
+    def at(indices: list[Expr], shift: Expr) -> list[Expr]:
+        return [*indices[:dim], indices[dim] + shift, *indices[dim + 1 :]]
 
-    return compute(scope.shape(op.result.type.shape), element, "concat")
+    def row(flat: Expr) -> Any:
+        outer = unflatten(flat, value.shape[:dim])
+
+        def element(position: Expr) -> Any:
+            # All of the inner position goes to the last axis: the address is the same, and it needs no divisions.
+            inside = [i64(0)] * (value.rank - dim - 1) + [position]
+            return out.store(at([*outer, *inside], start) if value.rank - dim > 1 else [*outer, position + start],
+                             value(*outer, *inside))
+
+        return vectors(inner, lanes, element)
+
+    size = int_value(rows * inner)
+    small = size is not None and size < scope.machine.serial_work
+    return loop(rows, row, "serial" if small else "parallel", "row")
+
+
+def unflatten(flat: Expr, shape: Sequence[Expr]) -> list[Expr]:
+    """Indices of the row-major position ``flat`` in ``shape``."""
+    places: list[Expr] = []
+    for position, extent in reversed(list(enumerate(shape))):
+        places.insert(0, tirx.floormod(flat, extent) if position else flat)
+        flat = tirx.floordiv(flat, extent)
+    return places

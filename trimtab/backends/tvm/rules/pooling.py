@@ -10,20 +10,18 @@ from tvm import te, tirx
 from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.codegen.comparison import is_float
 from trimtab.backends.tvm.rules.reduction import reducer
-from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, cast, compute, const, i64, lowers, work_type
+from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, cast, compute, const, guarded, i64, lowers, work_type
 from trimtab.ir import ops
 
 
-def _window(op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], dilation: tuple[int, int]) -> tuple[list[Expr], Expr]:
-    """Positions of a window element, clamped into x, and whether they lie inside."""
+def _window(op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], dilation: tuple[int, int], fill: Expr) -> Expr:
+    """An element of a window in the type of ``fill``, which stands for the padding."""
     batch, channel, *spatial = indices
-    places, inside = [batch, channel], None
-    for n, (at, axis) in enumerate(zip(spatial, axes, strict=True)):
-        place = at * i64(op.stride[n]) - i64(op.padding[n]) + axis.var * i64(dilation[n])
-        test = tirx.And(place >= i64(0), place < x.shape[2 + n])
-        inside = test if inside is None else tirx.And(inside, test)
-        places.append(tirx.max(i64(0), tirx.min(place, x.shape[2 + n] - i64(1))))
-    return places, inside
+    places = [
+        at * i64(op.stride[n]) - i64(op.padding[n]) + axis.var * i64(dilation[n])
+        for n, (at, axis) in enumerate(zip(spatial, axes, strict=True))
+    ]
+    return guarded(places, x.shape[2:], lambda at: cast(x(batch, channel, *at), str(fill.ty.dtype)), fill)
 
 
 @lowers(ops.MaxPool2d)
@@ -33,8 +31,7 @@ def _max_pool(op: Any, scope: Scope, x: Operand) -> Any:
     axes = [te.reduce_axis((i64(0), i64(size)), "w") for size in op.kernel]
 
     def element(*indices: Expr) -> Expr:
-        places, inside = _window(op, x, indices, axes, op.dilation)
-        return reducer("max")(tirx.Select(inside, cast(x(*places), work), low), axis=axes)
+        return reducer("max")(_window(op, x, indices, axes, op.dilation, low), axis=axes)
 
     return rounded(op, scope, compute(scope.shape(op.result.type.shape), element, "max_pool"))
 
@@ -45,8 +42,7 @@ def _avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
     axes = [te.reduce_axis((i64(0), i64(size)), "w") for size in op.kernel]
 
     def element(*indices: Expr) -> Expr:
-        places, inside = _window(op, x, indices, axes, (1, 1))
-        return te.sum(tirx.Select(inside, cast(x(*places), work), const(0, work)), axis=axes)
+        return te.sum(_window(op, x, indices, axes, (1, 1), const(0, work)), axis=axes)
 
     shape = scope.shape(op.result.type.shape)
     total = compute(shape, element, "pool_sum", materialize=True)
@@ -80,13 +76,13 @@ def _adaptive_avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
     axes = [te.reduce_axis((i64(0), extent), "w") for extent in extents]
 
     def element(batch: Expr, channel: Expr, *spatial: Expr) -> Expr:
-        places, inside = [batch, channel], None
+        places, inside = [], None
         for n, (at, axis) in enumerate(zip(spatial, axes, strict=True)):
             start, stop = bounds(n, at)
-            place = start + axis.var
-            inside = place < stop if inside is None else tirx.And(inside, place < stop)
-            places.append(tirx.min(place, x.shape[2 + n] - i64(1)))
-        return te.sum(tirx.Select(inside, cast(x(*places), work), const(0, work)), axis=axes)
+            places.append(start + axis.var)
+            inside = places[-1] < stop if inside is None else tirx.And(inside, places[-1] < stop)
+        value = guarded(places, x.shape[2:], lambda at: cast(x(batch, channel, *at), work), const(0, work), inside)
+        return te.sum(value, axis=axes)
 
     total = compute(shape, element, "pool_sum", materialize=True)
 

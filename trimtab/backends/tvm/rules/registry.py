@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm import te, tirx
 
+from trimtab.backends.tvm.codegen.expression import let
 from trimtab.backends.tvm.codegen.loops import store
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.ir.dims import Dim, as_symbol, evaluate, symbols_of
@@ -231,3 +232,27 @@ def work_type(dtype: str) -> str:
 def cast(value: Expr, dtype: str) -> Expr:
     """``value`` converted, unchanged when it has the type already."""
     return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
+
+
+def guarded(
+    places: Sequence[Expr], extents: Sequence[Expr], read: Callable[[list[Expr]], Expr], otherwise: Expr, inside: Expr | None = None
+) -> Expr:
+    """``read(places)`` where every place lies in ``0 .. extent - 1`` (and ``inside`` holds), else ``otherwise``.
+
+    Both arms of a select are computed, so the places are clamped.  They are given names, because TVM's simplifier
+    drops a clamp that the condition of the select around it implies.
+    """
+    tests = [tirx.And(at >= i64(0), at < extent) for at, extent in zip(places, extents, strict=True)]
+    if inside is not None:
+        tests.append(inside)
+    condition = tests[0]
+    for test in tests[1:]:
+        condition = tirx.And(condition, test)
+
+    def bind(position: int, bound: list[Expr]) -> Expr:
+        if position == len(places):
+            return tirx.Select(condition, read(bound), otherwise)
+        clamped = tirx.max(i64(0), tirx.min(places[position], extents[position] - i64(1)))
+        return let(clamped, lambda v: bind(position + 1, [*bound, v]), "place")
+
+    return bind(0, [])
