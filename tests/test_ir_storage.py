@@ -15,7 +15,7 @@ from trimtab.errors import ArtifactError, ParseError, TrimtabError, UsageError
 from trimtab.ir import Builder, DType, Module, TensorType, Weight, interpret, print_module, symbol, verify
 from trimtab.ir.ops import Add, Cast, Embedding, LayerNorm, Linear
 from trimtab.ir.storage import module_from_parts, read_module, write_module, write_weights
-from trimtab.ir.weights import ComputedSource, TorchSource, pack_sub_byte, unpack_sub_byte
+from trimtab.ir.weights import ArraySource, ComputedSource, TorchSource, pack_sub_byte, unpack_sub_byte
 from trimtab.tensor_file import TensorFile
 
 DTYPES = [dtype for dtype in DType if not dtype.is_sub_byte]
@@ -278,3 +278,11 @@ def test_an_embedding_reads_only_its_rows_of_a_mapped_table(tmp_path: Path) -> N
     ids = torch.tensor([4, 0, 49])
     (rows,) = interpret(read_module(tmp_path / "m.ttir"), [ids])
     assert torch.equal(rows, table[ids])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)], ids=str)
+def test_an_array_source_keeps_its_shape(shape: tuple[int, ...]) -> None:
+    array = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    tensor = ArraySource(array, DType.F32).tensor()
+    assert tuple(tensor.shape) == shape
+    assert tensor.tolist() == array.tolist()

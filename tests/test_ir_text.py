@@ -118,7 +118,7 @@ def test_text_for_people(golden: Golden) -> None:
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_random_modules_read_back(seed: int) -> None:
     module = random_module(seed, 25)
     text = print_module(module)

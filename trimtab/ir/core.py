@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from trimtab.errors import InternalError, UsageError
 from trimtab.ir.dims import Symbol
@@ -281,17 +281,3 @@ class Module:
         """Become ``other``: take over its graphs and weights. Used to roll back or replace a module in place."""
         self.graphs = other.graphs
         self.weights = other.weights
-
-
-def describe(value: Value) -> str:
-    """How messages name a value: ``%name: f32[2, 3]``."""
-    return repr(value)
-
-
-def walk_operands(values: Iterable[Any]) -> Iterator[Value]:
-    """The values in a mixed sequence of values, tuples of values and Nones."""
-    for item in values:
-        if isinstance(item, Value):
-            yield item
-        elif isinstance(item, tuple):
-            yield from item

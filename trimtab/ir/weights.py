@@ -53,14 +53,15 @@ class ArraySource:
         import numpy as np
         import torch
 
+        shape = self._shape if self._shape is not None else self._data.shape
         data = np.ascontiguousarray(self._data)
         if data.size == 0:
-            return torch.empty(self._shape if self._shape is not None else data.shape, dtype=self._dtype.to_torch())
+            return torch.empty(shape, dtype=self._dtype.to_torch())
         with warnings.catch_warnings():
             # A read-only map is what we want; nobody writes to a weight's tensor.
             warnings.filterwarnings("ignore", message=".*not writable.*")
             flat = torch.from_numpy(data.reshape(-1).view(np.uint8)).view(self._dtype.to_torch())
-        return flat.reshape(self._shape if self._shape is not None else data.shape)
+        return flat.reshape(shape)
 
 
 class ComputedSource:
