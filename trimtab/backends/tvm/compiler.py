@@ -192,7 +192,7 @@ def _workspace_bytes(lowered: Any) -> int:
         sizes: list[int] = []
 
         def visit(node: Any, sizes: list[int] = sizes) -> None:
-            if isinstance(node, ir.Call) and getattr(node.op, "name", getattr(node.op, "global_symbol", "")) == "vm.builtin.alloc_storage":
+            if isinstance(node, ir.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
                 for argument in node.args:
                     if isinstance(argument, relax.ShapeExpr) and isinstance(argument.values[0], tirx.IntImm):
                         sizes.append(int(argument.values[0].value))

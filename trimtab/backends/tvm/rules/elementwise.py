@@ -163,7 +163,7 @@ def _pointwise(op: Op, scope: Scope, function: Callable[..., Expr], *operands: O
     result = tvm_dtype(op.results[0].type.dtype)
 
     def element(*indices: Expr) -> Expr:
-        values = [operand.broadcast(indices) for operand in operands]
+        values = [operand.broadcast(indices, op.results[0].type.shape) for operand in operands]
         return cast(function(*(cast(v, work_type(str(v.ty.dtype))) for v in values)), result)
 
     return compute(scope.shape(op.results[0].type.shape), element, op.name)

@@ -110,12 +110,20 @@ class Operand:
         place = physical(indices, self.order)
         return self.tensor(*place) if isinstance(self.tensor, te.Tensor) else tirx.BufferLoad(self.tensor, list(place))
 
-    def broadcast(self, indices: Sequence[Expr]) -> Expr:
-        """The element that the result's ``indices`` read under numpy broadcasting."""
+    def broadcast(self, indices: Sequence[Expr], shape: Sequence[Dim] | None = None) -> Expr:
+        """The element that the result's ``indices`` read under numpy broadcasting.
+
+        ``shape`` is the result's. Where that has size 1 too the index itself is used, because TVM fuses an
+        elementwise stage only if it reads exactly where it writes.
+        """
         if self.constant is not None:
             return self.constant
-        own = list(indices)[len(indices) - self.rank :]
-        return self(*(i64(0) if dim == 1 else index for dim, index in zip(self.type.shape, own, strict=True)))
+        skipped = len(indices) - self.rank
+        own, sizes = list(indices)[skipped:], list(shape or ())[skipped:] or [0] * self.rank
+        return self(*(
+            i64(0) if dim == 1 and size != 1 else index
+            for dim, size, index in zip(self.type.shape, sizes, own, strict=True)
+        ))  # fmt: skip
 
 
 def physical(indices: Sequence[Expr], order: tuple[int, ...]) -> tuple[Expr, ...]:
