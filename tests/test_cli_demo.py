@@ -68,7 +68,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert contenders["Trimtab"]["max_difference"] < 1e-3
     assert document["artifact_process"]["compiler_packages"] == []
     assert (tmp_path / "kept" / "digits.trim").stat().st_size == document["file"]["bytes"]
-    assert set(document["seconds"]) >= {"train", "trace", "optimize", "compile", "run held-out digits"}
+    assert set(document["seconds"]) >= {"train", "trace", "optimize", "compile", "run all digits"}
     for row in document["contenders"]:
         for latency in row["latency"].values():
             assert 0 < latency["best_seconds"] <= latency["median_seconds"]

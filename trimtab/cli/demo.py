@@ -95,14 +95,14 @@ def run_demo(folder: Path, threads: int | None, epochs: int | None, seed: int, u
         artifact = trimtab.compile(
             optimized.module, target="native", threads=count, pipeline=None, name="digit transformer"
         )
-    with stages("write and check", 0.8):
+    with stages("save and check", 0.8):
         artifact.save(path)
-    with stages("run held-out digits", 0.85):
+    with stages("run all digits", 0.85):
         logits, process = _run_without_torch(path, images, folder, count)
-    with stages("compare latency", 0.88), trimtab.load(path, threads=count) as session:
+    with stages("latency", 0.88), trimtab.load(path, threads=count) as session:
         contenders = demo_latency.build_contenders(model, session, folder, count)
         latencies = demo_latency.measure(
-            contenders.calls, images, seed, lambda done: update("compare latency", 0.88 + 0.12 * done)
+            contenders.calls, images, seed, lambda done: update("latency", 0.88 + 0.12 * done)
         )
         others = {name: call(images) for name, call in contenders.calls.items() if name != "Trimtab"}
     rows = _rows({**others, "Trimtab": logits}, expected, labels, latencies, contenders)
@@ -189,34 +189,37 @@ def _rows(
 
 
 def _print(document: dict[str, Any]) -> None:
-    from trimtab.cli.output import console, table, text_bytes, text_seconds
+    from trimtab.cli.output import console, table, text_bytes, text_seconds, text_time_pair
 
     batches = list(document["contenders"][0]["latency"])
-    columns = ["", "accuracy", "max difference"]
+    columns = ["", "accuracy", "max\ndiff"]
     for batch in batches:
-        columns += [f"batch {batch}: median", "best", "vs eager"]
+        columns += [f"batch {batch}\nmedian/best", "vs\neager"]
     held_out = document["digits"]["held_out"]
     shown = table(f"{held_out} held-out digits, {document['threads']} thread(s)", columns, columns[1:])
     for row in document["contenders"]:
-        cells = [f"{row['name']} {row['version']}", f"{row['accuracy']:.2%}", f"{row['max_difference']:.1e}"]
+        cells = [row["name"], f"{row['accuracy']:.2%}", f"{row['max_difference']:.0e}"]
         for batch in batches:
             latency = row["latency"][batch]
-            cells += [
-                text_seconds(latency["median_seconds"]),
-                text_seconds(latency["best_seconds"]),
-                f"{latency['speed_vs_eager']:.2f}x",
-            ]
+            times = text_time_pair(latency["median_seconds"], latency["best_seconds"])
+            cells += [times, f"{latency['speed_vs_eager']:.2f}x"]
         shown.add_row(*cells)
     shown.add_section()
     file = document["file"]
-    shown.add_row("file size", text_bytes(file["bytes"]), f"{text_bytes(file['weight_bytes'])} weights")
-    shown.add_row("ops", str(document["ops"]["optimized"]), f"{document['ops']['traced']} traced")
+    shown.add_row("file size", text_bytes(file["bytes"]))
+    shown.add_row("of it weights", text_bytes(file["weight_bytes"]))
     shown.add_section()
     for stage, seconds in document["seconds"].items():
         shown.add_row(stage, text_seconds(seconds))
     to = console()
     to.print(shown)
-    to.print("Trimtab's accuracy and difference come from a process of its own, without torch or tvm.")
+    versions = ", ".join(f"{row['name']} {row['version']}" for row in document["contenders"])
+    to.print(f"{versions}; `vs eager` is how many times as fast, by the medians.")
+    ops, passes = document["ops"], ", ".join(document["passes_applied"]) or "none"
+    to.print(
+        f"{ops['traced']} ops were traced and {ops['optimized']} compiled; passes that changed something: {passes}."
+    )
+    to.print("Accuracy and difference of Trimtab come from a process of its own, without torch or tvm.")
     for note in document["notes"]:
         to.print(note)
     if document["kept"]:

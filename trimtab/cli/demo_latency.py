@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 64)
 _ROUNDS = 8
+_MIN_ROUNDS = 2
+_SECONDS = 20.0
+"""No further round begins after this long: a busy machine must not make the demo endless."""
 _UNTIMED = 3
 _CALLS = {1: 25, 64: 6}
 """Timed calls in a block, by batch."""
@@ -169,7 +172,10 @@ def measure(
 
     generator = np.random.default_rng(seed)
     times: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in calls}
+    begun = time.perf_counter()
     for turn in range(_ROUNDS):
+        if turn >= _MIN_ROUNDS and time.perf_counter() - begun > _SECONDS:
+            break
         progress(turn / _ROUNDS)
         for batch in BATCHES:
             chosen = generator.integers(0, len(images), (_UNTIMED + _CALLS[batch], batch))

@@ -90,6 +90,12 @@ def _scaled(count: float, units: Sequence[str]) -> str:
     return f"{number} {units[step]}".strip()
 
 
+def text_time_pair(first: float, second: float) -> str:
+    """``1.23/0.98 ms``: two times in the unit that suits the first."""
+    factor, unit = (1.0, "s") if first >= 1 else (1e3, "ms") if first >= 1e-3 else (1e6, "us")
+    return f"{first * factor:.3g}/{second * factor:.3g} {unit}"
+
+
 def text_seconds(seconds: float) -> str:
     """``1.23 s``, or milliseconds or microseconds when shorter."""
     if seconds >= 1:
