@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,9 +39,14 @@ class Attention(Op):
                 mask = mask & triangle
             causal = False
         grouped = q.dim() >= 3 and bool(q.shape[-3] != k.shape[-3])
-        return F.scaled_dot_product_attention(
+        result = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
+        if mask is None:
+            return result
+        # torch's kernels differ on rows that may attend to nothing (zeros, NaN or a mean), so the rule is applied here.
+        allowed = mask if mask.dtype == torch.bool else mask != float("-inf")
+        return torch.where(allowed.any(-1, keepdim=True), result, 0)
 
     def macs(self) -> Dim:
         pairs = self.q.type.elements * self.k.type.shape[-2]
