@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,15 +180,49 @@ def test_run_refuses(
     assert part in outcome.err
 
 
-def test_run_and_inspect_work_where_torch_is_not_installed(built: Path, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('torch is not here')\n")
-    (tmp_path / "tvm.py").write_text("raise ImportError('tvm is not here')\n")
+@pytest.fixture
+def without_torch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command in a process in which torch, tvm and networkx cannot be imported."""
+    for name in ("torch", "tvm", "networkx"):
+        text = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
+        (tmp_path / f"{name}.py").write_text(text)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for command in (["run", "--random", "0"], ["inspect"], ["inspect", "--ops"]):
-        arguments = [sys.executable, "-m", "trimtab.cli.main", command[0], str(built / "build.trim"), *command[1:]]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trimtab.cli.main", *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("command", [["run", "--random", "0"], ["inspect"], ["inspect", "--ops"]], ids=_id)
+def test_artifacts_need_no_torch(
+    built: Path, without_torch: Callable[..., subprocess.CompletedProcess[str]], command: list[str]
+) -> None:
+    done = without_torch(command[0], built / "build.trim", *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_doctor_works_without_torch_and_says_what_is_missing(
+    without_torch: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = without_torch("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "No module named 'torch'" in done.stdout
+    assert "trial: skipped" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["passes", "inspect", "optimize"])
+def test_what_needs_torch_says_so(
+    built: Path, without_torch: Callable[..., subprocess.CompletedProcess[str]], command: str
+) -> None:
+    arguments = {"passes": ["cse"], "inspect": [built / "build.trim", "--full"], "optimize": [built / "build.trim"]}
+    done = without_torch(command, *arguments[command], "--json")
+    assert done.returncode == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "missing-dependency"
+    assert "pip install" in error["fix"]
 
 
 def test_inspect_an_artifact(commands: Commands, built: Path) -> None:

@@ -14,12 +14,15 @@ import typer
 
 from trimtab import __version__
 from trimtab.cli.output import print_json
-from trimtab.errors import InternalError, TrimtabError, UsageError
+from trimtab.errors import InternalError, MissingDependencyError, TrimtabError, UsageError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it: 128 + SIGINT."""
 BROKEN_PIPE = 141
 """Exit code when the reader of the output has gone away, as shells use it: 128 + SIGPIPE."""
+
+_EXTRAS = {"torch": "tvm", "networkx": "tvm", "tvm": "tvm", "onnx": "onnx", "onnx_ir": "onnx"}
+"""Packages that parts of Trimtab import when they run, and the extra that brings each."""
 
 # The base of what typer raises for wrong options and arguments. It has no public name of its own.
 CommandLineError: Any = typer.BadParameter.__base__
@@ -47,11 +50,29 @@ def report(error: BaseException, arguments: Sequence[str]) -> int:
         known = error
     elif isinstance(error, CommandLineError):
         known = _command_line_error(error)
+    elif isinstance(error, ImportError) and missing_package(error) in _EXTRAS:
+        known = missing_dependency(error)
     elif isinstance(error, MemoryError):
         known = TrimtabError("there is not enough memory", fix="close other programs, or use a machine with more")
     else:
         known = _internal_error(error, arguments)
     return _print(known, arguments, known.exit_code)
+
+
+def missing_package(error: ImportError) -> str:
+    """The package that could not be imported, "" if Python does not say which."""
+    return (error.name or "").split(".")[0]
+
+
+def missing_dependency(error: ImportError) -> MissingDependencyError:
+    """An import that failed inside Trimtab, with the command that installs the package."""
+    package = missing_package(error)
+    return MissingDependencyError(
+        "a package that this needs is not installed",
+        values={"package": package, "reason": str(error)},
+        rule="only running and inspecting artifacts works without it",
+        fix=f'pip install "trimtab[{_EXTRAS.get(package, "tvm")}]"',
+    )
 
 
 def _print(error: TrimtabError, arguments: Sequence[str], exit_code: int) -> int:

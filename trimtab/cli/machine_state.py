@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab.cli.error_report import missing_dependency
 from trimtab.errors import TrimtabError
 
 PACKAGES: Mapping[str, tuple[str, str]] = {
@@ -89,7 +90,11 @@ def backend_facts() -> list[dict[str, Any]]:
 
     facts = []
     for name in BACKENDS:
-        status = asdict(find_backend(name).status())
+        try:
+            status = asdict(find_backend(name).status())
+        except ImportError as error:  # on a machine that only runs artifacts
+            cause = missing_dependency(error)
+            status = {"works": False, "targets": (), "reason": cause.values["reason"], "fix": cause.fix, "versions": {}}
         facts.append({**status, "name": name})
     return facts
 
