@@ -1,7 +1,7 @@
 """Dimension expressions of a signature: ``batch``, ``length // 2``, ``4 * (n + 1)``.
 
-A dimension is an integer, a symbol, or integer arithmetic over symbols with ``+ - * // %`` and parentheses, kept as
-text in the manifest.  Text is checked when a manifest is read, so evaluation later can only fail on a division by zero.
+A dimension is an integer, a symbol, or integer arithmetic over symbols with ``+ - * // %``, ``min()``, ``max()`` and
+parentheses, kept as text in the manifest.  Text is checked when a manifest is read, so evaluation later can only fail on a division by zero.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_FUNCTIONS: dict[str, Callable[..., int]] = {"min": min, "max": max}
 _MAX_TEXT = 200
 
 
@@ -29,7 +30,8 @@ def symbols_of(dimension: Dimension) -> frozenset[str]:
     """Names of the symbols in a dimension; raises :class:`ArtifactError` if its text is not such an expression."""
     if isinstance(dimension, int):
         return frozenset()
-    return frozenset(node.id for node in ast.walk(_parse(dimension)) if isinstance(node, ast.Name))
+    names = frozenset(node.id for node in ast.walk(_parse(dimension)) if isinstance(node, ast.Name))
+    return names - _FUNCTIONS.keys()
 
 
 def is_symbol(dimension: Dimension) -> bool:
@@ -65,6 +67,8 @@ def _evaluate(node: ast.expr, symbols: Mapping[str, int], text: str) -> int:
                 raise ArtifactError(
                     "a dimension divides by zero", values={"dimension": text, **symbols}, rule="the manifest is wrong"
                 ) from None
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return _FUNCTIONS[name](*(_evaluate(arg, symbols, text) for arg in args))
     raise _malformed(text)
 
 
@@ -87,6 +91,8 @@ def _parse(text: str) -> ast.expr:
                 pending.append(operand)
             case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
                 pending += [left, right]
+            case ast.Call(func=ast.Name(id=name), args=[_, _, *_] as args, keywords=[]) if name in _FUNCTIONS:
+                pending += args
             case _:
                 raise _malformed(text)
     return body
@@ -96,6 +102,6 @@ def _malformed(text: str) -> ArtifactError:
     return ArtifactError(
         "a dimension cannot be read",
         values={"dimension": repr(text)},
-        rule="a dimension is an integer, a symbol, or + - * // % over them",
+        rule="a dimension is an integer, a symbol, or + - * // % min() max() over them",
         fix="compile the model again: its manifest is damaged",
     )
