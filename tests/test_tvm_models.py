@@ -28,7 +28,9 @@ def _agree(module: Module, compiled: Compiled, *inputs: torch.Tensor, tolerance:
         torch.testing.assert_close(mine, reference, rtol=tolerance, atol=tolerance * scale)
 
 
-def _block(b: Builder, x: object, width: int, heads: int, batch: object, length: object, name: str, rand: object) -> object:
+def _block(
+    b: Builder, x: object, width: int, heads: int, batch: object, length: object, name: str, rand: object
+) -> object:
     """A pre-norm transformer block with attention over [batch, length, width]."""
     w = lambda part, *shape: b.weight(f"{name}.{part}", rand(*shape) * 0.2)  # noqa: E731
     y = b(ops.LayerNorm(x, w("norm", width), w("shift", width)))

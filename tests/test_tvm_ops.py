@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 
 import pytest
@@ -35,7 +34,7 @@ def _joined(examples: Sequence[OpExample]) -> tuple[Module, list[int]]:
     symbolic = any(example.is_symbolic for example in examples)
     for n, example in enumerate(examples):
         flat = iter([builder.input(f"x{n}_{i}", type) for i, (_, type) in enumerate(example.named_types)])
-        groups: list[Value | None | tuple[Value, ...]] = []
+        groups: list[Value | tuple[Value, ...] | None] = []
         for given in example.operands:
             many = isinstance(given, tuple)
             groups.append(tuple(next(flat) for _ in given) if many else None if given is None else next(flat))
@@ -108,7 +107,12 @@ def test_half_types_compute_in_float32() -> None:
     outputs = []
     for dtype in (DType.F16, DType.BF16):
         half = builder(ops.Cast(x, dtype))
-        outputs += [builder(ops.Softmax(half, 1)), builder(ops.Gelu(half)), builder(ops.Sum(half, (1,))), builder(ops.RmsNorm(half))]
+        outputs += [
+            builder(ops.Softmax(half, 1)),
+            builder(ops.Gelu(half)),
+            builder(ops.Sum(half, (1,))),
+            builder(ops.RmsNorm(half)),
+        ]
     builder.output(*outputs)
     data = torch.randn(4, 33, generator=torch.Generator().manual_seed(1)) * 3
     for mine, reference in zip(Compiled(builder.module)(data), interpret(builder.module, [data]), strict=True):

@@ -11,8 +11,31 @@ from tvm_harness import Compiled
 from trimtab.ir import Builder, DType, TensorType, ops
 
 pytest.importorskip("tvm")
-EDGES = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-38, 3e38, -3e38, 88.72, 88.73, -87.4, -103.9, -104.1, 4.0]
-FUNCTIONS = {ops.Exp: torch.exp, ops.Log: torch.log, ops.Tanh: torch.tanh, ops.Erf: torch.erf, ops.Sigmoid: torch.sigmoid}
+EDGES = [
+    0.0,
+    -0.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-45,
+    -1e-45,
+    1e-38,
+    3e38,
+    -3e38,
+    88.72,
+    88.73,
+    -87.4,
+    -103.9,
+    -104.1,
+    4.0,
+]
+FUNCTIONS = {
+    ops.Exp: torch.exp,
+    ops.Log: torch.log,
+    ops.Tanh: torch.tanh,
+    ops.Erf: torch.erf,
+    ops.Sigmoid: torch.sigmoid,
+}
 
 
 def test_float32_functions_are_accurate_and_keep_special_values() -> None:

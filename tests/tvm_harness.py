@@ -71,7 +71,12 @@ def module_of(inputs: Sequence[Value] | Sequence[TensorType], *outputs: Any) -> 
 
 
 def assert_matches(
-    module: Module, inputs: Sequence[torch.Tensor], *, rtol: float = 1e-5, atol: float = 1e-6, compiled: Compiled | None = None
+    module: Module,
+    inputs: Sequence[torch.Tensor],
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-6,
+    compiled: Compiled | None = None,
 ) -> None:
     """Compile (unless given) and compare every output with the interpreter, NaN and infinity included."""
     code = compiled or Compiled(module)
@@ -82,7 +87,12 @@ def assert_matches(
         assert mine.dtype == reference.dtype, (name, producer, mine.dtype, reference.dtype)
         assert mine.shape == reference.shape, (name, producer, mine.shape, reference.shape)
         torch.testing.assert_close(
-            mine, reference, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, p=producer, n=name: f"{n} {p!r}: {text}"
+            mine,
+            reference,
+            rtol=rtol,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda text, p=producer, n=name: f"{n} {p!r}: {text}",
         )
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimtab.backends.tvm.availability import status
     from trimtab.backends.tvm.compiler import CompiledCode, StoredWeight, build
     from trimtab.backends.tvm.layouts import Layout
-    from trimtab.backends.tvm.availability import BackendStatus, status
     from trimtab.backends.tvm.support import check_supported, unsupported_ops
     from trimtab.backends.tvm.targets import find_target, target_names
 
 _PLACES = {
-    "BackendStatus": "availability", "CompiledCode": "compiler", "Layout": "layouts", "StoredWeight": "compiler", "build": "compiler",
-    "check_supported": "support", "find_target": "targets", "status": "availability", "target_names": "targets",
+    "CompiledCode": "compiler",
+    "Layout": "layouts",
+    "StoredWeight": "compiler",
+    "build": "compiler",
+    "check_supported": "support",
+    "find_target": "targets",
+    "status": "availability",
+    "target_names": "targets",
     "unsupported_ops": "support",
-}  # fmt: skip
+}
 
-__all__ = ["BackendStatus", "CompiledCode", "Layout", "StoredWeight", "build", "check_supported", "find_target",
+__all__ = ["CompiledCode", "Layout", "StoredWeight", "build", "check_supported", "find_target",
            "status", "target_names", "unsupported_ops"]  # fmt: skip
 
 

@@ -5,32 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import shutil
-from dataclasses import dataclass, field
 
+from trimtab.backends.base import BackendStatus
 from trimtab.errors import MissingDependencyError
 
 INSTALL = "pip install 'trimtab[tvm]'"
-
-
-@dataclass(frozen=True)
-class BackendStatus:
-    """What ``trimtab doctor`` shows.
-
-    Attributes:
-        works: whether modules can be compiled here.
-        reason: why not; empty when it works.
-        fix: the command that repairs it.
-        versions: installed versions of the packages involved.
-        targets: target names that can be compiled for here.
-        missing_targets: targets that cannot, with what is missing.
-    """
-
-    works: bool
-    reason: str = ""
-    fix: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    targets: tuple[str, ...] = ()
-    missing_targets: dict[str, str] = field(default_factory=dict)
 
 
 def status() -> BackendStatus:
@@ -40,18 +19,15 @@ def status() -> BackendStatus:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return BackendStatus(False, f"the package {name} is not installed", INSTALL, versions)
+            return BackendStatus("tvm", False, (), f"the package {name} is not installed", INSTALL, versions)
     if importlib.util.find_spec("tvm") is None:
-        return BackendStatus(False, "the module tvm cannot be found", INSTALL, versions)
-    usable, missing = [], {}
-    for name, drivers in _linkers().items():
-        if any(shutil.which(driver) for driver in drivers):
-            usable.append(name)
-        else:
-            missing[name] = f"a linker, one of: {', '.join(drivers)}"
+        return BackendStatus("tvm", False, (), "the module tvm cannot be found", INSTALL, versions)
+    usable = tuple(name for name, drivers in _linkers().items() if any(shutil.which(driver) for driver in drivers))
     if "native" not in usable:
-        return BackendStatus(False, "there is no C compiler to link with", "apt-get install gcc", versions, tuple(usable), missing)
-    return BackendStatus(True, versions=versions, targets=tuple(usable), missing_targets=missing)
+        return BackendStatus(
+            "tvm", False, usable, "there is no C compiler to link with", "apt-get install gcc", versions
+        )
+    return BackendStatus("tvm", True, usable, versions=versions)
 
 
 def _linkers() -> dict[str, tuple[str, ...]]:
@@ -71,5 +47,9 @@ def require_tvm() -> None:
     try:
         import tvm  # noqa: F401
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise MissingDependencyError("tvm is installed but does not load", values={"error": str(error).splitlines()[0]},
-                                     rule="apache-tvm and apache-tvm-ffi must have matching versions", fix=INSTALL) from error
+        raise MissingDependencyError(
+            "tvm is installed but does not load",
+            values={"error": str(error).splitlines()[0]},
+            rule="apache-tvm and apache-tvm-ffi must have matching versions",
+            fix=INSTALL,
+        ) from error

@@ -31,7 +31,7 @@ class TvmBackend:
                     blocks=stored.blocks,
                     layout=None if stored.layout.is_plain else stored.layout.to_dict(),
                     plain_dtype=str(stored.weight.type.dtype),
-                    plain_shape=tuple(int(size) for size in stored.weight.type.shape),
+                    plain_shape=tuple(int(size) for size in stored.plain_shape),
                 )
                 for stored in code.weights
             ),

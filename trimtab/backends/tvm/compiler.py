@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,13 @@ class StoredWeight:
 
     @property
     def id(self) -> str:
+        """The weight's id in the module's table."""
         return self.weight.id
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """Its shape in the module."""
+        return tuple(int(size) for size in self.weight.type.shape)  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +141,9 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
     memory = {"workspace_bytes": _workspace_bytes(lowered), "weight_bytes": sum(w.nbytes for w in weights)}
     kernels = {name: tuple(_describe(op) for op in ops) for name, ops in emitted.origins.items()}
     requires = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
-    return CompiledCode(library, tuple(weights), spec.name, spec.triple, spec.features, memory, clock.laps, kernels, requires)
+    return CompiledCode(
+        library, tuple(weights), spec.name, spec.triple, spec.features, memory, clock.laps, kernels, requires
+    )
 
 
 class _Clock:
@@ -176,8 +184,12 @@ def _link(executable: Any, compiler: str) -> bytes:
         try:
             executable.export_library(path, fcompile=cc.cross_compiler(compiler, options=["-shared", "-fPIC", "-O1"]))
         except (RuntimeError, subprocess.SubprocessError, OSError) as error:
-            raise BackendError("linking the generated code failed", values={"compiler": compiler},
-                               rule=str(error).strip()[-400:], fix="check that the compiler can link shared libraries") from error
+            raise BackendError(
+                "linking the generated code failed",
+                values={"compiler": compiler},
+                rule=str(error).strip()[-400:],
+                fix="check that the compiler can link shared libraries",
+            ) from error
         return Path(path).read_bytes()
 
 
@@ -206,7 +218,7 @@ def _describe(op: Any) -> str:
     return f"{op.name} at {op.location}" if op.location is not None else op.name
 
 
-def _explain(error: Exception, origins: dict[str, Sequence[Any]]) -> BackendError:
+def _explain(error: Exception, origins: Mapping[str, Sequence[Any]]) -> BackendError:
     """An error of TVM in terms of the user's model: the kernels it names are traced back to their ops."""
     text = str(error).strip()
     named = sorted((name for name in origins if name and name in text), key=len, reverse=True)
@@ -214,7 +226,10 @@ def _explain(error: Exception, origins: dict[str, Sequence[Any]]) -> BackendErro
     lines = [line for line in text.splitlines() if line.strip()]
     return BackendError(
         "TVM could not compile the module",
-        values={"kernel": named[0] if named else "unknown", "error": lines[-1][:300] if lines else type(error).__name__},
+        values={
+            "kernel": named[0] if named else "unknown",
+            "error": lines[-1][:300] if lines else type(error).__name__,
+        },
         rule="a module that passed the capability check should compile",
         fix="this is a bug of Trimtab or TVM: report it with the module's text",
         where=f"op {op!r}" if op is not None else "",

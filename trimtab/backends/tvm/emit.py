@@ -27,7 +27,6 @@ from trimtab.ir.dims import as_symbol
 from trimtab.ir.op import Op
 from trimtab.ir.types import TensorType
 
-
 ALIGNMENT = 64
 """Bytes to which generated code expects every tensor to be aligned."""
 
@@ -234,8 +233,10 @@ class _GraphEmitter:
             layout = self.owner.layouts[value.weight]
             return _Argument(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)
         producer = value.producer
-        if rule.absorbs_permute and isinstance(producer, ops.Permute) and not (
-            producer.x.is_weight or _constant_producer(producer.x) is not None
+        if (
+            rule.absorbs_permute
+            and isinstance(producer, ops.Permute)
+            and not (producer.x.is_weight or _constant_producer(producer.x) is not None)
         ):
             # Result axis i of a permutation is stored as axis dims[i] of its operand.
             return _Argument(value.type, self.read(producer.x), order=producer.dims, stored=producer.x.type)
@@ -265,7 +266,9 @@ class _GraphEmitter:
             size = math.prod(shape) * max(value.type.dtype.bits // 8, 1)
             if size % ALIGNMENT == 0:
                 extents = relax.ShapeExpr([tirx.const(d, "int64") for d in shape])
-                view = relax.op.memory.view(self.weights[value.weight], extents, None, tirx.const(iteration * size, "int64"))
+                view = relax.op.memory.view(
+                    self.weights[value.weight], extents, None, tirx.const(iteration * size, "int64")
+                )
                 # The kernels want their data at offset 0: on CPUs this moves the pointer and copies nothing.
                 return builder.emit(relax.op.memory.ensure_zero_offset(builder.emit(view)))
         return self._call_one(ops.Select(value, 0, iteration))
@@ -291,7 +294,9 @@ class _Argument:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        constant = None if self.constant is None else (self.constant.name, tuple(map(repr, self.constant.attributes.values())))
+        constant = (
+            None if self.constant is None else (self.constant.name, tuple(map(repr, self.constant.attributes.values())))
+        )
         return (self.type, self.packed, self.order, constant, self.expr is None)
 
 
@@ -333,9 +338,13 @@ def _build_function(owner: _ModuleEmitter, op: Op, rule: Rule, arguments: Sequen
 
     def operand(argument: _Argument) -> Operand:
         if argument.constant is not None:
-            return Operand(argument.type, scope.shape(argument.type.shape), constant=constant_of(argument.constant, scope))
+            return Operand(
+                argument.type, scope.shape(argument.type.shape), constant=constant_of(argument.constant, scope)
+            )
         if argument.expr is None:
-            return Operand(argument.type, scope.shape(argument.type.shape), constant=const(0, tvm_dtype(argument.type.dtype)))
+            return Operand(
+                argument.type, scope.shape(argument.type.shape), constant=const(0, tvm_dtype(argument.type.dtype))
+            )
         stored = argument.stored or argument.type
         shape = scope.shape(stored.shape)
         if argument.packed:
@@ -346,9 +355,13 @@ def _build_function(owner: _ModuleEmitter, op: Op, rule: Rule, arguments: Sequen
         leaf = tirx.decl_buffer(shape, dtype, name=name) if rule.loops else te.placeholder(shape, dtype, name=name)
         leaves.append(leaf)
         stored_types.append(stored)
-        return Operand(argument.type, scope.shape(argument.type.shape), leaf, packed=argument.packed, order=argument.order)
+        return Operand(
+            argument.type, scope.shape(argument.type.shape), leaf, packed=argument.packed, order=argument.order
+        )
 
-    operands = [None if a is None else [operand(x) for x in a] if isinstance(a, list) else operand(a) for a in arguments]
+    operands = [
+        None if a is None else [operand(x) for x in a] if isinstance(a, list) else operand(a) for a in arguments
+    ]
     if rule.loops:
         targets = []
         for i, value in enumerate(op.results):
@@ -369,8 +382,9 @@ def _build_function(owner: _ModuleEmitter, op: Op, rule: Rule, arguments: Sequen
     function = function.with_attr({"tirx.noalias": True, "s_tir": True})
     if rule.pattern is not None:
         function = function.with_attr("op_pattern", rule.pattern)
-    return owner.builder.add_func(function.without_attr("global_symbol") if "global_symbol" in function.attrs else function,
-                                  op.name), symbols
+    return owner.builder.add_func(
+        function.without_attr("global_symbol") if "global_symbol" in function.attrs else function, op.name
+    ), symbols
 
 
 def _relax_type(type: TensorType, scope: Scope) -> Any:
@@ -388,5 +402,3 @@ def _weights_read(graph: Graph) -> list[str]:
         for region in op.regions:
             found.update(dict.fromkeys(value.weight for value in region.weights))
     return list(found)
-
-

@@ -83,7 +83,7 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
     for matrix in data.reshape(-1, *data.shape[-2:]):
         for start in range(0, matrix.shape[0], step):
             stored = layout.pack(matrix[start : start + step])
-            yield memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+            yield stored.reshape(-1).view(torch.uint8).numpy().data
 
 
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:

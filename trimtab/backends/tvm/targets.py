@@ -41,7 +41,13 @@ class TargetSpec:
 
     def tvm_target(self) -> dict[str, Any]:
         """The dictionary for ``tvm.target.Target``."""
-        return {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "num-cores": self.machine.threads, **self.extra}
+        return {
+            "kind": "llvm",
+            "mtriple": self.triple,
+            "mcpu": self.cpu,
+            "num-cores": self.machine.threads,
+            **self.extra,
+        }
 
     def with_threads(self, threads: int) -> TargetSpec:
         return replace(self, machine=replace(self.machine, threads=threads))

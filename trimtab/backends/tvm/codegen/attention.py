@@ -21,6 +21,7 @@ from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
     ceil_div,
+    floor_div,
     index,
     lanes_of,
     load,
@@ -128,12 +129,14 @@ class _Attention:
                 def read_value(j: Expr, channel: Expr) -> Expr:
                     return load(values, j, channel) if values is not None else p.v(*batch, key_head, j, channel)
 
+                def with_scores(scores: Any) -> Stmt:
+                    return self._queries(batch, head, block, blocks, keys, scores, read_value)
+
                 return sequence(
                     self._pack_keys(keys, batch, key_head),
                     self._pack_values(values, batch, key_head) if values is not None else None,
-                    scratch([self.rows, self.panels * index(self.panel)], p.dtype,
-                            lambda scores: self._queries(batch, head, block, blocks, keys, scores, read_value), "scores"),
-                )  # fmt: skip
+                    scratch([self.rows, self.panels * index(self.panel)], p.dtype, with_scores, "scores"),
+                )
 
             if pack_values:
                 return scratch([p.keys, self.padded_width], p.dtype, with_values, "values")
@@ -203,7 +206,8 @@ class _Attention:
         def panel(n: Expr) -> Stmt:
             def finish(acc: Any) -> Stmt:
                 return each_vector(
-                    tile, lambda r, c: store(scores, [r, n * index(self.panel) + c], load(acc, r, c) * scale))
+                    tile, lambda r, c: store(scores, [r, n * index(self.panel) + c], load(acc, r, c) * scale)
+                )
 
             return accumulate_tile(
                 tile, p.dtype, p.depth,
@@ -218,13 +222,21 @@ class _Attention:
         width = min(self.panel, self.padded_width)
         for begin in range(0, self.padded_width, width):
             span = min(width, self.padded_width - begin)
-            parts.append(accumulate_tile(
-                Tile(height, span, self.lanes), p.dtype, p.keys,
-                lambda r, j: load(scores, r, j),
-                lambda j, c, b=begin: value(j, index(b) + c),
-                lambda acc, b=begin, s=span: self._store(batch, head, first, height, b, s, acc),
-            ))  # fmt: skip
+            parts.append(self._weigh(batch, head, first, height, begin, span, scores, value))
         return sequence(*parts)
+
+    def _weigh(
+        self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, scores: Any, value: Read
+    ) -> Stmt:
+        """Channels ``begin .. begin + span`` of the tile's result: probabilities times values."""
+        return accumulate_tile(
+            Tile(height, span, self.lanes),
+            self.p.dtype,
+            self.p.keys,
+            lambda r, j: load(scores, r, j),
+            lambda j, c: value(j, index(begin) + c),
+            lambda acc: self._store(batch, head, first, height, begin, span, acc),
+        )
 
     def _store(self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, acc: Any) -> Stmt:
         """Write a finished tile; its last vector may be partly padding."""
@@ -235,10 +247,12 @@ class _Attention:
             return self.p.out(*batch, head, first + r, index(begin) + c, value=load(acc, r, c))
 
         full = each_vector(whole, put) if whole.columns else None
+
         # The rest goes element by element: constant positions keep the accumulators in registers.
-        rest = loop(height, lambda r: loop(width - whole.columns, lambda c: put(r, index(whole.columns) + c), "unrolled", "c"),
-                    "unrolled", "r")  # fmt: skip
-        return sequence(full, rest if width > whole.columns else None)
+        def row(r: Expr) -> Stmt:
+            return loop(width - whole.columns, lambda c: put(r, index(whole.columns) + c), "unrolled", "c")
+
+        return sequence(full, loop(height, row, "unrolled", "r") if width > whole.columns else None)
 
     def _normalize(self, batch: list[Expr], head: Expr, query: Expr, r: Expr, scores: Any) -> Stmt:
         """Mask a row of scores and replace it by its softmax."""
@@ -255,7 +269,7 @@ class _Attention:
                 value = tirx.Select(j <= query, value, self.low)
             return store(scores, [r, j], value)
 
-        full = tirx.floordiv(keys, index(lanes)) if int_value(keys) is None else index(int_value(keys) // lanes)
+        full = floor_div(p.keys, lanes)
         parts: list[Stmt | None] = []
         if p.mask is not None or p.causal:
             parts.append(loop(full, lambda n: lanes_of(n * index(lanes), lanes, masked), name="vector"))
@@ -274,7 +288,9 @@ class _Attention:
                     def raise_(c: Expr) -> Stmt:
                         difference = load(scores, r, n * index(lanes) + c) - shift
                         power = lower_call("tirx.exp", p.dtype, [difference])
-                        return store(scores, [r, n * index(lanes) + c], tirx.exp(difference) if power is None else power)
+                        return store(
+                            scores, [r, n * index(lanes) + c], tirx.exp(difference) if power is None else power
+                        )
 
                     def add(c: Expr) -> Stmt:
                         return store(acc, [c], load(acc, c) + load(scores, r, n * index(lanes) + c))
@@ -285,7 +301,9 @@ class _Attention:
 
             def scale(factor: Expr) -> Stmt:
                 def at(n: Expr) -> Stmt:
-                    return lanes_of(n * index(lanes), lanes, lambda j: store(scores, [r, j], load(scores, r, j) * factor))
+                    return lanes_of(
+                        n * index(lanes), lanes, lambda j: store(scores, [r, j], load(scores, r, j) * factor)
+                    )
 
                 return loop(vectors_padded, at, name="vector")
 
@@ -310,6 +328,8 @@ class _Attention:
         parts, size = [], self.lanes
         while size > 1:
             size //= 2
-            parts.append(lanes_of(index(0), size, lambda c, half=size: store(
-                acc, [c], combine(load(acc, c), load(acc, c + index(half))))))  # fmt: skip
+            parts.append(self._halve(acc, size, combine))
         return sequence(*parts) if parts else None
+
+    def _halve(self, acc: Any, half: int, combine: Callable[[Expr, Expr], Expr]) -> Stmt:
+        return lanes_of(index(0), half, lambda c: store(acc, [c], combine(load(acc, c), load(acc, c + index(half)))))

@@ -8,6 +8,7 @@ before it, so the inner loop has no predicates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,9 @@ def each_vector(tile: Tile, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
     def vector(row: Expr, v: Expr) -> Stmt:
         return loop(lanes, lambda lane: body(row, v * index(lanes) + lane), "vectorized", "lane")
 
-    return loop(tile.rows, lambda row: loop(tile.columns // lanes, lambda v: vector(row, v), "unrolled", "v"), "unrolled", "r")
+    return loop(
+        tile.rows, lambda row: loop(tile.columns // lanes, lambda v: vector(row, v), "unrolled", "v"), "unrolled", "r"
+    )
 
 
 class ContractionKernel:
@@ -123,9 +126,13 @@ class ContractionKernel:
         self.dtype = str(contraction.stage.buffer.dtype)
         self.m, self.n, self.k = Flattener(contraction.m), Flattener(contraction.n), Flattener(contraction.k)
         out_accesses = self._output_accesses()
-        self.m_linear = self.m.is_linear(out_accesses + accesses_of(contraction.a)) and self._free(contraction.m, a=True)
+        self.m_linear = self.m.is_linear(out_accesses + accesses_of(contraction.a)) and self._free(
+            contraction.m, a=True
+        )
         self.n_linear_out = self.n.is_linear(out_accesses) and self._free(contraction.n, a=False)
-        self.k_linear_a = self.k.is_linear(accesses_of(contraction.a)) and has_only_loads_as_users(contraction.a, contraction.k)
+        self.k_linear_a = self.k.is_linear(accesses_of(contraction.a)) and has_only_loads_as_users(
+            contraction.a, contraction.k
+        )
         self.tile = choose_tile(machine, self.dtype, self.m.extent, self.n.extent, self._packed_width())
         self.direct = self._reads_b_directly()
 
@@ -145,11 +152,16 @@ class ContractionKernel:
             outer = index(0) if single else tirx.floordiv(rest, panels)
             if int_value(panels) == 1:
                 panel, outer = index(0), rest
-            return bind(panel, lambda p: self._with_batch(batch_axes, outer, lambda values: self._panel(p, block, blocks, values)), "panel")
+            return bind(
+                panel,
+                lambda p: self._with_batch(batch_axes, outer, lambda values: self._panel(p, block, blocks, values)),
+                "panel",
+            )
 
         total = batch * panels * blocks
         work = [int_value(e) for e in (batch, columns, rows, self.k.extent)]
-        small = all(w is not None for w in work) and _product(work) < self.machine.serial_work
+        known = [value for value in work if value is not None]
+        small = len(known) == len(work) and math.prod(known) < self.machine.serial_work
         return loop(total, task, "serial" if small else "parallel", "task")
 
     def _with_batch(self, axes: Flattener, flat: Expr, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
@@ -165,16 +177,18 @@ class ContractionKernel:
         return step(0, {axis: value for axis, value in values.items() if int_value(value) is not None})
 
     def _row_blocks(self, batch: Expr, panels: Expr) -> int:
-        known = [int_value(e) for e in (batch, panels, self.m.extent)]
-        if any(value is None for value in known):
+        known = [value for e in (batch, panels, self.m.extent) if (value := int_value(e)) is not None]
+        if len(known) != 3:
             return 1
-        tasks, rows = known[0] * known[1], known[2]
-        wanted = 1 if tasks >= 3 * self.machine.threads or tasks % self.machine.threads == 0 else -(-3 * self.machine.threads // tasks)
-        return max(1, min(wanted, rows // (2 * self.tile.rows)))
+        tasks, rows, threads = known[0] * known[1], known[2], self.machine.threads
+        if tasks >= 3 * threads or tasks % threads == 0:
+            return 1
+        return max(1, min(-(-3 * threads // tasks), rows // (2 * self.tile.rows)))
 
     def _panel(self, panel: Expr, block: Expr, blocks: int, batch: dict[Any, Expr]) -> Stmt:
         first_column = panel * index(self.tile.columns)
         if self.direct:
+
             def read(k: Expr, column: Expr) -> Expr:
                 return self._b_at(batch, self.k.at(k, linear=True), first_column + column)
 
@@ -198,7 +212,9 @@ class ContractionKernel:
         def at_depth(position: int, values: dict[Any, Expr], flat: Expr) -> Stmt:
             if position < len(wide):
                 axis, extent = wide[position]
-                return loop(extent, lambda v: at_depth(position + 1, {**values, axis: v}, flat * as_index(extent) + v), name="k")
+                return loop(
+                    extent, lambda v: at_depth(position + 1, {**values, axis: v}, flat * as_index(extent) + v), name="k"
+                )
 
             def element(column: Expr) -> Stmt:
                 n = first_column + column
@@ -255,7 +271,11 @@ class ContractionKernel:
                 share = ceil_div(count, blocks)
                 begin = block * share
                 end = minimum(begin + share, count)
-                return loop(tirx.max(end - begin, index(0)), lambda t: bind(minimum((begin + t) * height, rows - height), one, "row"), name="tile")
+                return loop(
+                    tirx.max(end - begin, index(0)),
+                    lambda t: bind(minimum((begin + t) * height, rows - height), one, "row"),
+                    name="tile",
+                )
             return loop(count, lambda t: bind(minimum(t * height, rows - height), one, "row"), name="tile")
 
         def body(spill: Any) -> Stmt:
@@ -275,9 +295,8 @@ class ContractionKernel:
 
         def row(r: Expr) -> Stmt:
             def element(column: Expr) -> Stmt:
-                axes = {
-                    **batch, **self.m.at(start + r, self.m_linear), **self.n.at(first_column + column, self.n_linear_out),
-                }  # fmt: skip
+                place = self.n.at(first_column + column, self.n_linear_out)
+                axes = {**batch, **self.m.at(start + r, self.m_linear), **place}
                 return self._output(axes, load(spill, r, column))
 
             whole = vectors(self.tile.columns, self.tile.lanes, element)
@@ -328,7 +347,9 @@ class ContractionKernel:
 
     def _n_linear_b(self) -> bool:
         if not hasattr(self, "_n_linear_b_cached"):
-            self._n_linear_b_cached = self.n.is_linear(accesses_of(self.c.b)) and has_only_loads_as_users(self.c.b, self.c.n)
+            self._n_linear_b_cached = self.n.is_linear(accesses_of(self.c.b)) and has_only_loads_as_users(
+                self.c.b, self.c.n
+            )
         return self._n_linear_b_cached
 
     def _packed_width(self) -> int | None:
@@ -374,10 +395,3 @@ class ContractionKernel:
     def _b_is_transposed(self) -> bool:
         step, depth_step = self._b_coefficients()
         return depth_step == 1 and step != 1
-
-
-def _product(values: list[Any]) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total

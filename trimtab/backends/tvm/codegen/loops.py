@@ -58,7 +58,9 @@ def _widen_temporaries(body: Stmt, lane: Expr, width: Expr | int) -> tuple[list[
     for statement in statements:
         if isinstance(statement, tirx.AllocBuffer):
             narrow = statement.buffer
-            wide.append((narrow, tirx.decl_buffer([as_index(width)], str(narrow.dtype), name=narrow.name, scope="local")))
+            wide.append(
+                (narrow, tirx.decl_buffer([as_index(width)], str(narrow.dtype), name=narrow.name, scope="local"))
+            )
     if not wide:
         return [], body
 
@@ -88,7 +90,9 @@ def bind(value: Expr, body: Callable[[Expr], Stmt], name: str = "v") -> Stmt:
     return sequence(tirx.Bind(var, value), body(var))
 
 
-def scratch(shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt], name: str = "scratch", scope: str = "global") -> Stmt:
+def scratch(
+    shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt], name: str = "scratch", scope: str = "global"
+) -> Stmt:
     """Allocate a buffer that lives during ``body``."""
     buffer = tirx.decl_buffer([as_index(extent) for extent in shape], dtype, name=name, scope=scope, data_alignment=64)
     return sequence(tirx.AllocBuffer(buffer), body(buffer))
@@ -174,5 +178,3 @@ def flat_offset(shape: Sequence[Expr], indices: Sequence[Expr]) -> Expr:
     for extent, position in zip(shape, indices, strict=True):
         total = total * as_index(extent) + as_index(position)
     return total
-
-

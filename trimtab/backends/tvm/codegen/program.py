@@ -105,7 +105,9 @@ def _read_stage(nest: Any) -> Stage | None:
     spatial: dict[Any, Expr] = {}
     reduce_axes: list[tuple[Any, Expr]] = []
     for iter_var, bound in zip(block.iter_vars, nest.iter_values, strict=True):
-        if int_value(iter_var.dom.min) != 0 or not (isinstance(bound, ir.Var) and bound in loops or int_value(bound) == 0):
+        if int_value(iter_var.dom.min) != 0 or not (
+            (isinstance(bound, ir.Var) and bound in loops) or int_value(bound) == 0
+        ):
             return None
         if iter_var.iter_type == tirx.IterVar.CommReduce:
             reduce_axes.append((iter_var.var, iter_var.dom.extent))
@@ -114,7 +116,7 @@ def _read_stage(nest: Any) -> Stage | None:
         else:
             return None
     axes, extents = [], []
-    for index, extent in zip(store.indices, store.buffer.shape, strict=True):
+    for index in store.indices:
         if isinstance(index, ir.Var) and index in spatial and index not in axes:
             axes.append(index)
             extents.append(spatial[index])

@@ -139,10 +139,20 @@ class RowKernel:
         def row(flat: Expr) -> Stmt:
             def with_scratch(position: int, table: list[tuple[Any, Any]]) -> Stmt:
                 if position == len(self.local):
-                    return sequence(*(self._stage(s, f.at(flat, linear), depth, table) for s, f in zip(stages, row_axes, strict=True)))
+                    return sequence(
+                        *(
+                            self._stage(s, f.at(flat, linear), depth, table)
+                            for s, f in zip(stages, row_axes, strict=True)
+                        )
+                    )
                 buffer = self.local[position]
                 shape = [as_index(extent) for extent in buffer.shape[depth:]] or [index(1)]
-                return scratch(shape, str(buffer.dtype), lambda b: with_scratch(position + 1, [*table, (buffer, b)]), "row_" + buffer.name)
+                return scratch(
+                    shape,
+                    str(buffer.dtype),
+                    lambda b: with_scratch(position + 1, [*table, (buffer, b)]),
+                    "row_" + buffer.name,
+                )
 
             return with_scratch(0, [])
 
@@ -207,7 +217,9 @@ class RowKernel:
         kind = self._kind(sum_work([stage]))
 
         def element(point: dict[Any, Expr]) -> Stmt:
-            return store(stage.buffer, [point[axis] for axis in stage.axes], rewrite(stage.value, point, call=lower_call))
+            return store(
+                stage.buffer, [point[axis] for axis in stage.axes], rewrite(stage.value, point, call=lower_call)
+            )
 
         if not axes:
             return element({})
@@ -218,7 +230,10 @@ class RowKernel:
 
         def row(flat: Expr) -> Stmt:
             values = rows.at(flat, linear=False)
-            return self._bound(values, lambda bound: vectors(inner.extent, lanes, lambda f: element({**bound, **inner.at(f, linear=True)})))
+            return self._bound(
+                values,
+                lambda bound: vectors(inner.extent, lanes, lambda f: element({**bound, **inner.at(f, linear=True)})),
+            )
 
         return loop(rows.extent, row, kind, "row")
 
@@ -268,7 +283,15 @@ class RowKernel:
         return self._nest(rest, total)
 
     def _accumulate_columns(
-        self, stage: Stage, axes: dict[Any, Expr], inner: Any, start: Expr, width: int, dtype: str, value: Any, write: Any
+        self,
+        stage: Stage,
+        axes: dict[Any, Expr],
+        inner: Any,
+        start: Expr,
+        width: int,
+        dtype: str,
+        value: Any,
+        write: Any,
     ) -> Stmt:
         """A vector of results: reduction loops outside, lanes inside."""
 
@@ -301,18 +324,13 @@ class RowKernel:
         neutral = identity(stage.combine, dtype)
 
         def block(acc: Any, reduced: dict[Any, Expr], start: Expr, first: Expr | None, width: int) -> Stmt:
-            def part(begin: int, count: int) -> Stmt:
-                def lane_update(lane: Expr) -> Stmt:
-                    slot = index(begin) + lane
-                    operand = value({**axes, **reduced, **inner.at(start + slot, linear=True)})
-                    if first is not None and stage.combine in ("add", "mul"):
-                        operand = tirx.Select(start + slot >= first, operand, neutral)
-                    return store(acc, [slot], combine(stage.combine, load(acc, slot), operand))
+            def update(slot: Expr) -> Stmt:
+                operand = value({**axes, **reduced, **inner.at(start + slot, linear=True)})
+                if first is not None and stage.combine in ("add", "mul"):
+                    operand = tirx.Select(start + slot >= first, operand, neutral)
+                return store(acc, [slot], combine(stage.combine, load(acc, slot), operand))
 
-                return loop(count, lane_update, "vectorized", "lane")
-
-            step = min(lanes, width)
-            return sequence(*(part(begin, step) for begin in range(0, width, step)))
+            return _chunks(width, lanes, update)
 
         def walk(acc: Any, width: int) -> Stmt:
             def run(reduced: dict[Any, Expr]) -> Stmt:
@@ -334,26 +352,23 @@ class RowKernel:
             return self._nest(outer, run)
 
         def with_acc(acc: Any) -> Stmt:
-            fill = [
-                loop(min(lanes, width), lambda lane, b=begin: store(acc, [index(b) + lane], neutral), "vectorized", "lane")
-                for begin in range(0, width, min(lanes, width))
-            ]
             folds, size = [], width
             while size > 1:
                 size //= 2
-                step = min(lanes, size)
-                for begin in range(0, size, step):
-                    def fold(lane: Expr, b: int = begin, half: int = size) -> Stmt:
-                        slot = index(b) + lane
-                        return store(acc, [slot], combine(stage.combine, load(acc, slot), load(acc, slot + index(half))))
-
-                    folds.append(loop(step, fold, "vectorized", "lane"))
+                folds.append(self._fold(stage.combine, acc, size, lanes))
+            fill = _chunks(width, lanes, lambda slot: store(acc, [slot], neutral))
             result = combine(stage.combine, stage.init, load(acc, index(0)))
             if getattr(stage.init, "value", None) == getattr(neutral, "value", 1):
                 result = load(acc, index(0))
-            return sequence(*fill, walk(acc, width), *folds, write(axes, result))
+            return sequence(fill, walk(acc, width), *folds, write(axes, result))
 
         return scratch([width], dtype, with_acc, "acc", "local")
+
+    def _fold(self, kind: str, acc: Any, half: int, lanes: int) -> Stmt:
+        """Combine the upper ``half`` partial results into the lower ones."""
+        return _chunks(
+            half, lanes, lambda slot: store(acc, [slot], combine(kind, load(acc, slot), load(acc, slot + index(half))))
+        )
 
     def _split_reduce(self, stage: Stage) -> tuple[Axes, Flattener]:
         axes = [axis for axis in stage.reduce_axes if int_value(axis[1]) != 1] or stage.reduce_axes[-1:]
@@ -378,7 +393,11 @@ class RowKernel:
         return count
 
     def _accesses(self, stage: Stage) -> list[tuple[Any, Sequence[Expr]]]:
-        return [(stage.buffer, stage.axes), *accesses_of(stage.value)] if not stage.is_reduction else accesses_of(stage.value)
+        return (
+            [(stage.buffer, stage.axes), *accesses_of(stage.value)]
+            if not stage.is_reduction
+            else accesses_of(stage.value)
+        )
 
     def _is_local(self, buffer: Any) -> bool:
         return any(buffer.same_as(other) for other in self.local)
@@ -388,7 +407,11 @@ class RowKernel:
         if any(name in _SCALAR_CALLS for name in calls_of(stage.value)):
             return 1
         kinds = {str(stage.buffer.dtype), dtype_of(stage.value), *(str(a.source.dtype) for a in loads_of(stage.value))}
-        return min(self.machine.lanes(kind) for kind in kinds if kind != "bool") if kinds != {"bool"} else self.machine.lanes("int8")
+        return (
+            min(self.machine.lanes(kind) for kind in kinds if kind != "bool")
+            if kinds != {"bool"}
+            else self.machine.lanes("int8")
+        )
 
     def _kind(self, work: int | None) -> str:
         return "serial" if work is not None and work < self.machine.serial_work // 8 else "parallel"
@@ -412,6 +435,12 @@ class RowKernel:
             return loop(extent, lambda v: level(position + 1, {**values, axis: v}), name="r")
 
         return level(0, {})
+
+
+def _chunks(width: int, lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """``body`` at ``0 .. width - 1`` as vector operations of at most ``lanes``, both powers of two."""
+    step = min(lanes, width)
+    return sequence(*(lanes_of(index(begin), step, body) for begin in range(0, width, step)))
 
 
 _SCALAR_CALLS = {"prim.if_then_else", "tirx.call_extern", "tirx.call_pure_extern"}
@@ -444,5 +473,3 @@ def identity(kind: str, dtype: str) -> Expr:
     if "float" in dtype and dtype != "bfloat16":
         return tirx.const(float("-inf") if kind == "max" else float("inf"), dtype)
     return tirx.min_value(dtype) if kind == "max" else tirx.max_value(dtype)
-
-

@@ -63,10 +63,16 @@ def exp(x: Expr) -> Expr:
     """``e**x``, about 1 ulp; 0 below -104, infinity above 88.7."""
 
     def core(y: Expr) -> Expr:
-        return let(y * f32(1.44269504088896341) + f32(_ROUND), lambda rounded: let(
-            rounded - f32(_ROUND), lambda n: let(
-                y - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW), lambda r: _scale_two(
-                    _polynomial(r, _EXP) * (r * r) + r + f32(1.0), rounded))))
+        return let(
+            y * f32(1.44269504088896341) + f32(_ROUND),
+            lambda rounded: let(
+                rounded - f32(_ROUND),
+                lambda n: let(
+                    y - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW),
+                    lambda r: _scale_two(_polynomial(r, _EXP) * (r * r) + r + f32(1.0), rounded),
+                ),
+            ),
+        )
 
     return let(_clamp_keeping_nan(x, -104.5, 88.8), core, "y")
 
@@ -77,9 +83,13 @@ def _expm1_small(y: Expr) -> Expr:
     def scaled(rounded: Expr) -> Expr:
         n = rounded - f32(_ROUND)
         two = _float((_bits(rounded) - tirx.const(0x4B400000 - 127, "int32")) << tirx.const(23, "int32"))
-        return let(two, lambda t: let(
-            y - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW),
-            lambda r: (_polynomial(r, _EXP) * (r * r) + r) * t + (t - f32(1.0))))
+        return let(
+            two,
+            lambda t: let(
+                y - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW),
+                lambda r: (_polynomial(r, _EXP) * (r * r) + r) * t + (t - f32(1.0)),
+            ),
+        )
 
     return let(y * f32(1.44269504088896341) + f32(_ROUND), scaled)
 
@@ -96,8 +106,10 @@ def tanh(x: Expr) -> Expr:
     """Hyperbolic tangent: ``-e / (e + 2)`` with ``e = expm1(-2|x|)``."""
 
     def core(v: Expr) -> Expr:
-        return let(_clamp_keeping_nan(f32(-2.0) * _magnitude(v), -40.0, 0.0), lambda y: let(
-            _expm1_small(y), lambda e: _with_sign_of(f32(0.0) - e / (e + f32(2.0)), v)))
+        return let(
+            _clamp_keeping_nan(f32(-2.0) * _magnitude(v), -40.0, 0.0),
+            lambda y: let(_expm1_small(y), lambda e: _with_sign_of(f32(0.0) - e / (e + f32(2.0)), v)),
+        )
 
     return let(x, core, "x")
 
@@ -116,14 +128,30 @@ def log(x: Expr) -> Expr:
 
     def core(v: Expr) -> Expr:
         tiny = v < f32(1.17549435e-38)
-        return let(tirx.Select(tiny, v * f32(8388608.0), v), lambda s: let(
-            _bits(s), lambda b: let(
-                (b - tirx.const(0x3F3504F3, "int32")) >> tirx.const(23, "int32"), lambda e: let(
-                    _float(b - (e << tirx.const(23, "int32"))) - f32(1.0), lambda m: let(
-                        tirx.Cast("float32", e) - tirx.Select(tiny, f32(23.0), f32(0.0)), lambda n: let(
-                            m * m, lambda z: _log_edges(v, (
-                                (_polynomial(m, _LOG) * m * z + n * f32(-2.12194440e-4)) - f32(0.5) * z)
-                                + m + n * f32(0.693359375))))))))
+        return let(
+            tirx.Select(tiny, v * f32(8388608.0), v),
+            lambda s: let(
+                _bits(s),
+                lambda b: let(
+                    (b - tirx.const(0x3F3504F3, "int32")) >> tirx.const(23, "int32"),
+                    lambda e: let(
+                        _float(b - (e << tirx.const(23, "int32"))) - f32(1.0),
+                        lambda m: let(
+                            tirx.Cast("float32", e) - tirx.Select(tiny, f32(23.0), f32(0.0)),
+                            lambda n: let(
+                                m * m,
+                                lambda z: _log_edges(
+                                    v,
+                                    ((_polynomial(m, _LOG) * m * z + n * f32(-2.12194440e-4)) - f32(0.5) * z)
+                                    + m
+                                    + n * f32(0.693359375),
+                                ),
+                            ),
+                        ),
+                    ),
+                ),
+            ),
+        )
 
     return let(x, core, "x")
 
@@ -143,12 +171,17 @@ _ERF_DENOMINATOR = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438
 
 def erf(x: Expr) -> Expr:
     """Error function, relative error below 1e-6."""
+
     # Exactly 1 from 4 on: gelu multiplies 1 + erf(x) by x, which may be infinite.
     def saturated(y: Expr, value: Expr) -> Expr:
         return tirx.Select(y >= f32(4.0), f32(1.0), tirx.Select(y <= f32(-4.0), f32(-1.0), value))
 
-    return let(_clamp_keeping_nan(x, -4.0, 4.0), lambda y: let(y * y, lambda s: saturated(
-        y, y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR))))
+    return let(
+        _clamp_keeping_nan(x, -4.0, 4.0),
+        lambda y: let(
+            y * y, lambda s: saturated(y, y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR))
+        ),
+    )
 
 
 _SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
@@ -164,10 +197,22 @@ def _quadrant(x: Expr, shift: int) -> Expr:
             quadrant = _bits(rounded) + tirx.const(shift, "int32")
             odd = ne(quadrant & tirx.const(1, "int32"), tirx.const(0, "int32"))
             sign = (quadrant & tirx.const(2, "int32")) << tirx.const(30, "int32")
-            return let(r0, lambda r: let(r * r, lambda z: _float(_bits(tirx.Select(
-                odd,
-                _polynomial(z, _COS) * z * z - f32(0.5) * z + f32(1.0),
-                _polynomial(z, _SIN) * z * r + r)) ^ sign)))
+            return let(
+                r0,
+                lambda r: let(
+                    r * r,
+                    lambda z: _float(
+                        _bits(
+                            tirx.Select(
+                                odd,
+                                _polynomial(z, _COS) * z * z - f32(0.5) * z + f32(1.0),
+                                _polynomial(z, _SIN) * z * r + r,
+                            )
+                        )
+                        ^ sign
+                    ),
+                ),
+            )
 
         return let(rounded - f32(_ROUND), parts)
 

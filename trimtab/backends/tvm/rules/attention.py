@@ -24,7 +24,9 @@ def _static_axes(op: Any) -> str:
 
 
 @loops_for(ops.Attention, absorbs_permute=True, check=_static_axes)
-def _attention(op: Any, scope: Scope, outs: list[Target], q: Operand, k: Operand, v: Operand, mask: Operand | None) -> Any:
+def _attention(
+    op: Any, scope: Scope, outs: list[Target], q: Operand, k: Operand, v: Operand, mask: Operand | None
+) -> Any:
     work = work_type(q.dtype)
 
     def reader(operand: Operand) -> Any:

@@ -6,7 +6,18 @@ from typing import Any
 
 from tvm import te, tirx
 
-from trimtab.backends.tvm.rules.registry import FUSE_EPILOGUE, Expr, Operand, Scope, cast, compute, i64, lowers, tvm_dtype, work_type
+from trimtab.backends.tvm.rules.registry import (
+    FUSE_EPILOGUE,
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    i64,
+    lowers,
+    tvm_dtype,
+    work_type,
+)
 from trimtab.ir import ops
 from trimtab.ir.dims import Dim
 
@@ -66,7 +77,10 @@ def _letters(op: Any) -> tuple[list[list[str]], list[str]]:
     text = op.equation.replace(" ", "")
     left, _, right = text.partition("->")
     terms = left.split(",")
-    width = max((v.type.rank - len(t.replace("...", "")) for t, v in zip(terms, op.operands_list, strict=True) if "..." in t), default=0)
+    width = max(
+        (v.type.rank - len(t.replace("...", "")) for t, v in zip(terms, op.operands_list, strict=True) if "..." in t),
+        default=0,
+    )
 
     def expand(term: str, rank: int | None) -> list[str]:
         head, dots, tail = term.partition("...")

@@ -8,7 +8,20 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.contraction import rounded
-from trimtab.backends.tvm.rules.registry import FUSE_EPILOGUE, STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, guarded, i64, lowers, work_type
+from trimtab.backends.tvm.rules.registry import (
+    FUSE_EPILOGUE,
+    STAYS_ALONE,
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    const,
+    guarded,
+    i64,
+    lowers,
+    work_type,
+)
 from trimtab.ir import ops
 
 
@@ -35,7 +48,9 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
     per_group_out = outputs // op.groups
     channel = te.reduce_axis((i64(0), i64(per_group_in)), "c")
     taps = [te.reduce_axis((i64(0), i64(size)), "t") for size in op.weight.type.shape[2:]]
-    axes = ([channel] if per_group_in != 1 else []) + [t for t, n in zip(taps, op.weight.type.shape[2:], strict=True) if n != 1]
+    axes = ([channel] if per_group_in != 1 else []) + [
+        t for t, n in zip(taps, op.weight.type.shape[2:], strict=True) if n != 1
+    ]
 
     def term(*indices: Expr) -> Expr:
         batch, out, *spatial = indices
@@ -47,7 +62,10 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
             source = out * i64(per_group_in) + c
         else:
             source = tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + c
-        places = [s * i64(stride) + t * i64(dilation) for s, t, stride, dilation in zip(spatial, offsets, op.stride, op.dilation, strict=True)]
+        places = [
+            s * i64(stride) + t * i64(dilation)
+            for s, t, stride, dilation in zip(spatial, offsets, op.stride, op.dilation, strict=True)
+        ]
         product = read(batch, source, *places) * cast(weight(out, c, *offsets), work)
         return te.sum(product, axis=axes) if axes else product
 
@@ -76,7 +94,9 @@ def _transposed(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operan
             if stride != 1:
                 test = tirx.EQ(tirx.floormod(shifted, i64(stride)), i64(0))
                 exact = test if exact is None else tirx.And(exact, test)
-        source = tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + channel.var if op.groups > 1 else channel.var
+        source = (
+            tirx.floordiv(out, i64(per_group_out)) * i64(per_group_in) + channel.var if op.groups > 1 else channel.var
+        )
         value = guarded(places, x.shape[2:], lambda at: cast(x(batch, source, *at), work), const(0, work), exact)
         within = tirx.floormod(out, i64(per_group_out)) if op.groups > 1 else out
         return te.sum(value * cast(weight(source, within, *(t.var for t in taps)), work), axis=[channel, *taps])

@@ -343,7 +343,12 @@ def _constant_power(x: Expr, exponent: float) -> Expr | None:
         return {1.0: x, 2.0: x * x, 3.0: x * x * x}[exponent]
     if not is_float(str(x.ty.dtype)):
         return None
-    simple = {0.5: lambda: te.sqrt(x), -0.5: lambda: one / te.sqrt(x), -1.0: lambda: one / x, -2.0: lambda: one / (x * x)}
+    simple = {
+        0.5: lambda: te.sqrt(x),
+        -0.5: lambda: one / te.sqrt(x),
+        -1.0: lambda: one / x,
+        -2.0: lambda: one / (x * x),
+    }
     return simple[exponent]() if exponent in simple else None
 
 

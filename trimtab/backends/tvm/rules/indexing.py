@@ -13,7 +13,18 @@ from tvm import tirx
 
 from trimtab.backends.tvm.codegen.loops import loop, sequence
 from trimtab.backends.tvm.codegen.rows import combine
-from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, Target, cast, compute, i64, loops_for, lowers, work_type
+from trimtab.backends.tvm.rules.registry import (
+    Expr,
+    Operand,
+    Scope,
+    Target,
+    cast,
+    compute,
+    i64,
+    loops_for,
+    lowers,
+    work_type,
+)
 from trimtab.ir import ops
 
 
@@ -132,5 +143,3 @@ def _index_put(op: Any, scope: Scope, outs: list[Target], x: Operand, indices: l
         return tirx.IfThenElse(inside, store, None)
 
     return sequence(_copy(x, out), _nest([*common, *out.shape[len(indices) :]], write))
-
-

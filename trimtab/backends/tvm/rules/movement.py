@@ -9,7 +9,18 @@ from tvm import tirx
 
 from trimtab.backends.tvm.codegen.expression import int_value, product
 from trimtab.backends.tvm.codegen.loops import loop, nothing, sequence, vectors
-from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, Target, compute, const, guarded, i64, loops_for, lowers
+from trimtab.backends.tvm.rules.registry import (
+    Expr,
+    Operand,
+    Scope,
+    Target,
+    compute,
+    const,
+    guarded,
+    i64,
+    loops_for,
+    lowers,
+)
 from trimtab.ir import ops
 
 
@@ -18,7 +29,9 @@ def _reshape(op: Any, scope: Scope, x: Operand) -> Any:
     """Only reached where the emitter cannot use a view: of constants, and of tensors without elements."""
     if 0 in op.shape:
         return compute(scope.shape(op.shape), lambda *i: const(0, x.dtype), "reshape")
-    return compute(scope.shape(op.result.type.shape), lambda *i: unflatten_read(x, i, scope.shape(op.result.type.shape)), "reshape")
+    return compute(
+        scope.shape(op.result.type.shape), lambda *i: unflatten_read(x, i, scope.shape(op.result.type.shape)), "reshape"
+    )
 
 
 def unflatten_read(x: Operand, indices: Sequence[Expr], shape: Sequence[Expr]) -> Expr:
@@ -71,6 +84,7 @@ def _select(op: Any, scope: Scope, x: Operand) -> Any:
 def _split(op: Any, scope: Scope, x: Operand) -> list[Any]:
     parts, start = [], scope.dim(0)
     for part, size in zip(op.results, op.sizes, strict=True):
+
         def element(*indices: Expr, begin: Expr = start) -> Expr:
             source = list(indices)
             source[op.dim] = indices[op.dim] + begin
@@ -139,7 +153,9 @@ def _pad(op: Any, scope: Scope, x: Operand) -> Any:
             return x(*indices)
         if op.mode != "constant":
             return read([_fold(op.mode, place, x.shape[axis]) for axis, place in zip(axes, places, strict=True)])
-        fill = bool(op.value) if x.dtype == "bool" else float(op.value) if op.x.type.dtype.is_floating else int(op.value)
+        fill = (
+            bool(op.value) if x.dtype == "bool" else float(op.value) if op.x.type.dtype.is_floating else int(op.value)
+        )
         return guarded(places, [x.shape[axis] for axis in axes], read, const(fill, x.dtype))
 
     return compute(scope.shape(op.result.type.shape), element, "pad")
@@ -182,8 +198,10 @@ def _copy_part(scope: Scope, out: Target, value: Operand, dim: int, start: Expr)
         def element(position: Expr) -> Any:
             # All of the inner position goes to the last axis: the address is the same, and it needs no divisions.
             inside = [i64(0)] * (value.rank - dim - 1) + [position]
-            return out.store(at([*outer, *inside], start) if value.rank - dim > 1 else [*outer, position + start],
-                             value(*outer, *inside))
+            return out.store(
+                at([*outer, *inside], start) if value.rank - dim > 1 else [*outer, position + start],
+                value(*outer, *inside),
+            )
 
         return vectors(inner, lanes, element)
 

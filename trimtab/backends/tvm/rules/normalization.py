@@ -7,7 +7,19 @@ from typing import Any
 
 from tvm import te, tirx
 
-from trimtab.backends.tvm.rules.registry import STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, i64, lowers, tvm_dtype, work_type
+from trimtab.backends.tvm.rules.registry import (
+    STAYS_ALONE,
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    const,
+    i64,
+    lowers,
+    tvm_dtype,
+    work_type,
+)
 from trimtab.ir import ops
 
 
@@ -43,7 +55,9 @@ def _layer_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias:
 
     squares = reduction(squared, "squares")
     one = const(1, work)
-    scale = compute(rows, lambda *r: one / te.sqrt(squares(*r) / count + const(op.eps, work)), "scale", materialize=True)
+    scale = compute(
+        rows, lambda *r: one / te.sqrt(squares(*r) / count + const(op.eps, work)), "scale", materialize=True
+    )
 
     def normalized(*indices: Expr) -> Expr:
         r, k = indices[: len(rows)], indices[len(rows) :]
@@ -69,7 +83,9 @@ def _rms_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None) -> Any:
         return te.sum(value * value, axis=axes)
 
     squares = compute(rows, square, "squares")
-    scale = compute(rows, lambda *r: const(1, work) / te.sqrt(squares(*r) / count + const(op.eps, work)), "scale", materialize=True)
+    scale = compute(
+        rows, lambda *r: const(1, work) / te.sqrt(squares(*r) / count + const(op.eps, work)), "scale", materialize=True
+    )
 
     def normalized(*indices: Expr) -> Expr:
         r, k = indices[: len(rows)], indices[len(rows) :]
@@ -106,7 +122,9 @@ def _group_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias:
 
     squares = reduction(squared, "squares")
     one = const(1, work)
-    scale = compute(rows, lambda b, g: one / te.sqrt(squares(b, g) / count + const(op.eps, work)), "scale", materialize=True)
+    scale = compute(
+        rows, lambda b, g: one / te.sqrt(squares(b, g) / count + const(op.eps, work)), "scale", materialize=True
+    )
 
     def normalized(b: Expr, channel: Expr, *s: Expr) -> Expr:
         g = tirx.floordiv(channel, i64(size))

@@ -7,14 +7,27 @@ from typing import Any
 
 from tvm import te, tirx
 
-from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.codegen.comparison import is_float
+from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.rules.reduction import reducer
-from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, cast, compute, const, guarded, i64, lowers, work_type
+from trimtab.backends.tvm.rules.registry import (
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    const,
+    guarded,
+    i64,
+    lowers,
+    work_type,
+)
 from trimtab.ir import ops
 
 
-def _window(op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], dilation: tuple[int, int], fill: Expr) -> Expr:
+def _window(
+    op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], dilation: tuple[int, int], fill: Expr
+) -> Expr:
     """An element of a window in the type of ``fill``, which stands for the padding."""
     batch, channel, *spatial = indices
     places = [

@@ -9,7 +9,19 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.codegen.comparison import eq, is_float, is_nan, is_nonzero
-from trimtab.backends.tvm.rules.registry import STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, i64, lowers, tvm_dtype, work_type
+from trimtab.backends.tvm.rules.registry import (
+    STAYS_ALONE,
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    const,
+    i64,
+    lowers,
+    tvm_dtype,
+    work_type,
+)
 from trimtab.ir import ops
 
 

@@ -243,7 +243,11 @@ def cast(value: Expr, dtype: str) -> Expr:
 
 
 def guarded(
-    places: Sequence[Expr], extents: Sequence[Expr], read: Callable[[list[Expr]], Expr], otherwise: Expr, inside: Expr | None = None
+    places: Sequence[Expr],
+    extents: Sequence[Expr],
+    read: Callable[[list[Expr]], Expr],
+    otherwise: Expr,
+    inside: Expr | None = None,
 ) -> Expr:
     """``read(places)`` where every place lies in ``0 .. extent - 1`` (and ``inside`` holds), else ``otherwise``.
 

@@ -9,7 +9,18 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.contraction import rounded
-from trimtab.backends.tvm.rules.registry import STAYS_ALONE, Expr, Operand, Scope, cast, compute, const, i64, lowers, work_type
+from trimtab.backends.tvm.rules.registry import (
+    STAYS_ALONE,
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    const,
+    i64,
+    lowers,
+    work_type,
+)
 from trimtab.ir import ops
 
 
@@ -24,20 +35,22 @@ def _ratio(op: Any, x: Operand, size: Expr, n: int, work: str) -> Expr:
     return source / tirx.Cast(work, size)
 
 
-def _cubic(t: Expr, a: float) -> list[Expr]:
-    """Weights of the four neighbours at distance 1 + t, t, 1 - t, 2 - t (Keys, 1981)."""
-    work = str(t.ty.dtype)
+def _cubic_arms(distance: Expr, a: float) -> tuple[Expr, Expr]:
+    """The cubic convolution kernel (Keys, 1981) at a distance in [1, 2] and at one in [0, 1]."""
 
     def c(value: float) -> Expr:
-        return const(value, work)
+        return const(value, str(distance.ty.dtype))
 
-    def near(d: Expr) -> Expr:
-        return ((c(a + 2) * d - c(a + 3)) * d) * d + c(1)
+    far = ((c(a) * distance - c(5 * a)) * distance + c(8 * a)) * distance - c(4 * a)
+    near = ((c(a + 2) * distance - c(a + 3)) * distance) * distance + c(1)
+    return far, near
 
-    def far(d: Expr) -> Expr:
-        return ((c(a) * d - c(5 * a)) * d + c(8 * a)) * d - c(4 * a)
 
-    return [far(t + c(1)), near(t), near(c(1) - t), far(c(2) - t)]
+def _cubic(t: Expr, a: float) -> list[Expr]:
+    """Weights of the four neighbours, at distances 1 + t, t, 1 - t and 2 - t."""
+    one, two = const(1, str(t.ty.dtype)), const(2, str(t.ty.dtype))
+    places = (t + one, t, one - t, two - t)
+    return [_cubic_arms(place, a)[0 if n in (0, 3) else 1] for n, place in enumerate(places)]
 
 
 def _clamp(place: Expr, size: Expr) -> Expr:
@@ -94,7 +107,9 @@ def _finish(op: Any, scope: Scope, tensor: Any) -> Any:
     if op.x.type.dtype.is_floating:
         return rounded(op, scope, tensor)
     low, high = tirx.min_value(op.x.type.dtype.value), tirx.max_value(op.x.type.dtype.value)
-    return rounded(op, scope, compute(tensor.shape, lambda *i: tirx.max(low, tirx.min(te.nearbyint(tensor(*i)), high)), "round"))
+    return rounded(
+        op, scope, compute(tensor.shape, lambda *i: tirx.max(low, tirx.min(te.nearbyint(tensor(*i)), high)), "round")
+    )
 
 
 def _nearest(op: Any, scope: Scope, x: Operand, size: list[Expr]) -> Any:
@@ -121,7 +136,14 @@ def _antialiased(op: Any, scope: Scope, x: Operand, size: list[Expr], work: str)
 
 
 def _filter_axis(
-    op: Any, x: Operand, size: list[Expr], n: int, support: float, value: Callable[..., Expr], shape: list[Expr], work: str
+    op: Any,
+    x: Operand,
+    size: list[Expr],
+    n: int,
+    support: float,
+    value: Callable[..., Expr],
+    shape: list[Expr],
+    work: str,
 ) -> tuple[Callable[..., Expr], list[Expr]]:
     scale = _ratio(op, x, size[n], n, work)
     extent = x.shape[2 + n]
@@ -131,8 +153,11 @@ def _filter_axis(
     if not isinstance(static, int) or not isinstance(target, int):
         taps = extent
     else:
-        factor = (1.0 / op.scale[n]) if op.scale[n] and not op.align_corners else (
-            (static - 1) / max(target - 1, 1) if op.align_corners else static / target)
+        factor = (
+            (1.0 / op.scale[n])
+            if op.scale[n] and not op.align_corners
+            else ((static - 1) / max(target - 1, 1) if op.align_corners else static / target)
+        )
         taps = i64(min(static, math.ceil(support * max(factor, 1.0)) * 2 + 1))
     shape = [*shape[: 2 + n], size[n], *shape[3 + n :]]
 
@@ -151,11 +176,10 @@ def _filter_axis(
         if op.mode == "bilinear":
             shaped = tirx.max(const(0, work), const(1, work) - distance)
         else:
-            a = -0.5
-            c = lambda v: const(v, work)  # noqa: E731
-            near = ((c(a + 2) * distance - c(a + 3)) * distance) * distance + c(1)
-            far = ((c(a) * distance - c(5 * a)) * distance + c(8 * a)) * distance - c(4 * a)
-            shaped = tirx.Select(distance < c(1), near, tirx.Select(distance < c(2), far, c(0)))
+            far, near = _cubic_arms(distance, -0.5)
+            shaped = tirx.Select(
+                distance < const(1, work), near, tirx.Select(distance < const(2, work), far, const(0, work))
+            )
         return tirx.Select(place < last(at), shaped, const(0, work))
 
     axis = te.reduce_axis((i64(0), taps), "t")

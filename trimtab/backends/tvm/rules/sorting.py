@@ -7,9 +7,9 @@ from typing import Any
 
 from tvm import tirx
 
+from trimtab.backends.tvm.codegen.comparison import is_float, is_nan, is_nonzero
 from trimtab.backends.tvm.codegen.expression import as_index, product
 from trimtab.backends.tvm.codegen.loops import Stmt, bind, index, load, loop, minimum, scratch, sequence, store
-from trimtab.backends.tvm.codegen.comparison import is_float, is_nan, is_nonzero
 from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, Target, cast, const, i64, loops_for, work_type
 from trimtab.ir import ops
 
@@ -40,7 +40,11 @@ def _cumsum(op: Any, scope: Scope, outs: list[Target], x: Operand) -> Stmt:
         def with_total(total: Any) -> Stmt:
             def step(i: Expr) -> Stmt:
                 value = x(*at(i))
-                value = tirx.Select(is_nonzero(value), const(1, work), const(0, work)) if x.dtype == "bool" else cast(value, work)
+                value = (
+                    tirx.Select(is_nonzero(value), const(1, work), const(0, work))
+                    if x.dtype == "bool"
+                    else cast(value, work)
+                )
                 return sequence(
                     store(total, [index(0)], load(total, index(0)) + value),
                     out.store(at(i), cast(load(total, index(0)), out.dtype)),
@@ -144,8 +148,12 @@ def _topk(op: Any, scope: Scope, outs: list[Target], x: Operand) -> Stmt:
                     place = load(filled, index(1))
                     above = tirx.max(place - i64(1), i64(0))
                     go_on = tirx.And(place > i64(0), _before(x(*at(i)), value(above), op.largest, x.dtype))
-                    return tirx.While(go_on, sequence(
-                        store(best, [place], load(best, place - i64(1))), store(filled, [index(1)], place - i64(1))))
+                    return tirx.While(
+                        go_on,
+                        sequence(
+                            store(best, [place], load(best, place - i64(1))), store(filled, [index(1)], place - i64(1))
+                        ),
+                    )
 
                 last = tirx.max(slot - i64(1), i64(0))
                 wanted = tirx.Or(slot < i64(k), _before(x(*at(i)), value(last), op.largest, x.dtype))
