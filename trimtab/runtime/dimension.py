@@ -1,7 +1,8 @@
 """Dimension expressions of a signature: ``batch``, ``length // 2``, ``4 * (n + 1)``.
 
 A dimension is an integer, a symbol, or integer arithmetic over symbols with ``+ - * // %``, ``min()``, ``max()`` and
-parentheses, kept as text in the manifest.  Text is checked when a manifest is read, so evaluation later can only fail on a division by zero.
+parentheses, kept as text in the manifest.  Text is checked when a manifest is read, so evaluation later can only fail
+on a division by zero.
 """
 
 from __future__ import annotations

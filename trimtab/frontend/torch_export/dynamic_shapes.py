@@ -49,7 +49,7 @@ def widen_unit_axes(
                     example = torch.cat([example, example], dim=axis)
             return example
         if isinstance(example, Mapping) and isinstance(spec, Mapping):
-            return type(example)({key: widen(value, spec.get(key)) for key, value in example.items()})
+            return {key: widen(value, spec.get(key)) for key, value in example.items()}
         if isinstance(example, list | tuple) and isinstance(spec, list | tuple):
             return type(example)(widen(value, part) for value, part in zip(example, spec, strict=False))
         return example
