@@ -57,6 +57,13 @@ def test_contenders_are_measured_on_the_same_images() -> None:
         assert all(0 < latency.best <= latency.median for latency in latencies.values())
 
 
+def test_a_busy_machine_is_noticed() -> None:
+    quiet, busy = demo_latency.Latency((1.0, 1.1, 1.2)), demo_latency.Latency((1.0, 9.0, 9.5))
+    latencies = {"a": {1: quiet, 64: quiet}, "b": {1: quiet, 64: busy}}
+    assert not demo_latency.was_disturbed(latencies, 1)
+    assert demo_latency.was_disturbed(latencies, 64)
+
+
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tvm")
     outcome = run_fresh("demo", "--json", "--keep", tmp_path / "kept", "--threads", "1")

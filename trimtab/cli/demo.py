@@ -105,6 +105,10 @@ def run_demo(folder: Path, threads: int | None, epochs: int | None, seed: int, u
             contenders.calls, images, seed, lambda done: update("latency", 0.88 + 0.12 * done)
         )
         others = {name: call(images) for name, call in contenders.calls.items() if name != "Trimtab"}
+    if any(demo_latency.was_disturbed(latencies, batch) for batch in demo_latency.BATCHES):
+        contenders.notes.append(
+            "This machine was busy with other work: some medians are several times the best, so their ratios are left out."
+        )
     rows = _rows({**others, "Trimtab": logits}, expected, labels, latencies, contenders)
     return {
         "digits": {"train": len(digits.train_images), "held_out": len(images)},
@@ -165,9 +169,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     import numpy as np
 
+    from trimtab.cli import demo_latency
     from trimtab.cli.demo_training import accuracy
 
     eager = latencies["PyTorch eager"]
+    disturbed = {batch: demo_latency.was_disturbed(latencies, batch) for batch in eager}
     return [
         {
             "name": name,
@@ -179,7 +185,7 @@ def _rows(
                     "median_seconds": latency.median,
                     "best_seconds": latency.best,
                     "calls": len(latency.calls),
-                    "speed_vs_eager": eager[batch].median / latency.median,
+                    "speed_vs_eager": None if disturbed[batch] else eager[batch].median / latency.median,
                 }
                 for batch, latency in latencies[name].items()
             },
@@ -202,7 +208,8 @@ def _print(document: dict[str, Any]) -> None:
         for batch in batches:
             latency = row["latency"][batch]
             times = text_time_pair(latency["median_seconds"], latency["best_seconds"])
-            cells += [times, f"{latency['speed_vs_eager']:.2f}x"]
+            speed = latency["speed_vs_eager"]
+            cells += [times, "" if speed is None else f"{speed:.2f}x"]
         shown.add_row(*cells)
     shown.add_section()
     file = document["file"]

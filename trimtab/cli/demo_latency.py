@@ -67,6 +67,18 @@ class Contenders:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+_BUSY = 3.0
+
+
+def was_disturbed(latencies: Mapping[str, Mapping[int, Latency]], batch: int) -> bool:
+    """Whether other work on the machine got in the way of the timings at a batch, so that ratios would mislead.
+
+    On a quiet machine the median call takes little longer than the best one; where the threads of a contender wait for
+    cores that others use, it takes many times as long.
+    """
+    return any(by_batch[batch].median > _BUSY * by_batch[batch].best for by_batch in latencies.values())
+
+
 def build_contenders(model: torch.nn.Module, session: Session, folder: Path, threads: int) -> Contenders:
     """Eager PyTorch, the artifact, and ONNX Runtime and OpenVINO where they are installed.
 
