@@ -107,7 +107,7 @@ def run_demo(folder: Path, threads: int | None, epochs: int | None, seed: int, u
         others = {name: call(images) for name, call in contenders.calls.items() if name != "Trimtab"}
     if any(demo_latency.was_disturbed(latencies, batch) for batch in demo_latency.BATCHES):
         contenders.notes.append(
-            "This machine was busy with other work: some medians are several times the best, so their ratios are left out."
+            "This machine was busy: some medians are several times the best, so their ratios are left out."
         )
     rows = _rows({**others, "Trimtab": logits}, expected, labels, latencies, contenders)
     return {
