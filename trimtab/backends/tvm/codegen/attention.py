@@ -79,13 +79,27 @@ class _Attention:
         self.p = problem
         self.machine = machine
         self.lanes = machine.lanes(problem.dtype)
-        rows, vectors = next((tile for tile in machine.tiles if tile[0] == 6), machine.tiles[0])
+        rows, vectors = self._choose_tile()
         known = int_value(problem.queries)
-        self.rows = min(rows, known) if known is not None else rows
+        # Tiles of nearly equal height: the last one starts early, and rows computed twice are lost.
+        self.rows = rows if known is None else -(-known // -(-known // rows))
         self.panel = vectors * self.lanes
         self.panels = ceil_div(problem.keys, self.panel)
         self.padded_width = -(-problem.width // self.lanes) * self.lanes
         self.low = tirx.const(-math.inf, problem.dtype)
+
+    def _choose_tile(self) -> tuple[int, int]:
+        """Rows and vectors of the register tile: the one that pads a known number of keys least, else a balanced one."""
+        balanced = next((tile for tile in self.machine.tiles if tile[0] == 6), self.machine.tiles[0])
+        keys = int_value(self.p.keys)
+        if keys is None:
+            return balanced
+
+        def padded(tile: tuple[int, int]) -> int:
+            panel = tile[1] * self.lanes
+            return -(-keys // panel) * panel
+
+        return min(dict.fromkeys((balanced, *self.machine.tiles)), key=padded)
 
     def generate(self) -> Stmt:
         p = self.p
@@ -204,9 +218,9 @@ class _Attention:
         scale = tirx.const(p.scale, p.dtype)
 
         def panel(n: Expr) -> Stmt:
-            def finish(acc: Any) -> Stmt:
+            def finish(acc: list[Any]) -> Stmt:
                 return each_vector(
-                    tile, lambda r, c: store(scores, [r, n * index(self.panel) + c], load(acc, r, c) * scale)
+                    tile, lambda r, c: store(scores, [index(r), n * index(self.panel) + c], load(acc[r], c) * scale)
                 )
 
             return accumulate_tile(
@@ -238,21 +252,20 @@ class _Attention:
             lambda acc: self._store(batch, head, first, height, begin, span, acc),
         )
 
-    def _store(self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, acc: Any) -> Stmt:
+    def _store(
+        self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, acc: list[Any]
+    ) -> Stmt:
         """Write a finished tile; its last vector may be partly padding."""
         width = min(span, self.p.width - begin)
         whole = Tile(height, width // self.lanes * self.lanes, self.lanes)
 
-        def put(r: Expr, c: Expr) -> Stmt:
-            return self.p.out(*batch, head, first + r, index(begin) + c, value=load(acc, r, c))
+        def put(r: int, c: Expr) -> Stmt:
+            return self.p.out(*batch, head, first + index(r), index(begin) + c, value=load(acc[r], c))
 
         full = each_vector(whole, put) if whole.columns else None
-
         # The rest goes element by element: constant positions keep the accumulators in registers.
-        def row(r: Expr) -> Stmt:
-            return loop(width - whole.columns, lambda c: put(r, index(whole.columns) + c), "unrolled", "c")
-
-        return sequence(full, loop(height, row, "unrolled", "r") if width > whole.columns else None)
+        rest = [put(r, index(c)) for r in range(height) for c in range(whole.columns, width)]
+        return sequence(full, *rest)
 
     def _normalize(self, batch: list[Expr], head: Expr, query: Expr, r: Expr, scores: Any) -> Stmt:
         """Mask a row of scores and replace it by its softmax."""
@@ -320,7 +333,7 @@ class _Attention:
                 ), "shift"),
             )  # fmt: skip
 
-        parts.append(scratch([lanes], p.dtype, with_sums, "lane_sums", "local"))
+        parts.append(scratch([lanes], p.dtype, with_sums, "lane_sums"))
         return sequence(*parts)
 
     def _fold(self, acc: Any, combine: Callable[[Expr, Expr], Expr]) -> Stmt | None:

@@ -81,40 +81,46 @@ def accumulate_tile(
     depth: Expr,
     a: Callable[[Expr, Expr], Expr],
     b: Callable[[Expr, Expr], Expr],
-    finish: Callable[[Any], Stmt],
+    finish: Callable[[list[Any]], Stmt],
 ) -> Stmt:
     """``tile.rows x tile.columns`` accumulators summed over ``depth``, then ``finish(accumulators)``.
 
     Args:
         a: factor at (row of the tile, k).
         b: factor at (k, column of the tile).
-        finish: what to do with the filled accumulator buffer ``[rows, columns]``. It must address it through
-            :func:`each_vector`, so that every position is a constant and the buffer stays in registers.
+        finish: what to do with the sums, one buffer ``[columns]`` per row. It must address them through
+            :func:`each_vector`, so that every position is a constant and they stay in registers.
     """
 
-    def with_accumulators(acc: Any) -> Stmt:
+    def with_rows(rows: list[Any]) -> Stmt:
+        if len(rows) < tile.rows:
+            # One buffer per row, because TVM keeps only small buffers on the stack and LLVM turns only those into
+            # registers.
+            return scratch([tile.columns], dtype, lambda row: with_rows([*rows, row]), "acc")
+
         def multiply(k: Expr) -> Stmt:
-            return each_vector(tile, lambda r, c: store(acc, [r, c], load(acc, r, c) + a(r, k) * b(k, c)))
+            return each_vector(tile, lambda r, c: store(rows[r], [c], load(rows[r], c) + a(index(r), k) * b(k, c)))
 
         return sequence(
-            each_vector(tile, lambda r, c: store(acc, [r, c], zero(dtype))),
+            each_vector(tile, lambda r, c: store(rows[r], [c], zero(dtype))),
             loop(depth, multiply, name="k"),
-            finish(acc),
+            finish(rows),
         )
 
-    return scratch([tile.rows, tile.columns], dtype, with_accumulators, "acc", "local")
+    return with_rows([])
 
 
-def each_vector(tile: Tile, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+def each_vector(tile: Tile, body: Callable[[int, Expr], Stmt]) -> Stmt:
     """``body(row, column)`` for the whole tile as unrolled vector operations."""
     lanes = tile.lanes
 
-    def vector(row: Expr, v: Expr) -> Stmt:
-        return loop(lanes, lambda lane: body(row, v * index(lanes) + lane), "vectorized", "lane")
+    def row(r: int) -> Stmt:
+        def vector(v: Expr) -> Stmt:
+            return loop(lanes, lambda lane: body(r, v * index(lanes) + lane), "vectorized", "lane")
 
-    return loop(
-        tile.rows, lambda row: loop(tile.columns // lanes, lambda v: vector(row, v), "unrolled", "v"), "unrolled", "r"
-    )
+        return loop(tile.columns // lanes, vector, "unrolled", "v")
+
+    return sequence(*(row(r) for r in range(tile.rows)))
 
 
 class ContractionKernel:
@@ -256,9 +262,9 @@ class ContractionKernel:
                     place = {**batch, **self.m.at(start + row, self.m_linear), **self.k.at(k, self.k_linear_a)}
                     return rewrite(self.c.a, place, call=lower_call)
 
-                def finish(acc: Any) -> Stmt:
+                def finish(acc: list[Any]) -> Stmt:
                     return sequence(
-                        each_vector(tile, lambda r, c: store(spill, [r, c], load(acc, r, c))),
+                        each_vector(tile, lambda r, c: store(spill, [index(r), c], load(acc[r], c))),
                         self._store(spill, height, start, first_column, batch),
                     )
 

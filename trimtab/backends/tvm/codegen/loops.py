@@ -58,9 +58,7 @@ def _widen_temporaries(body: Stmt, lane: Expr, width: Expr | int) -> tuple[list[
     for statement in statements:
         if isinstance(statement, tirx.AllocBuffer):
             narrow = statement.buffer
-            wide.append(
-                (narrow, tirx.decl_buffer([as_index(width)], str(narrow.dtype), name=narrow.name, scope="local"))
-            )
+            wide.append((narrow, tirx.decl_buffer([as_index(width)], str(narrow.dtype), name=narrow.name)))
     if not wide:
         return [], body
 
@@ -90,11 +88,13 @@ def bind(value: Expr, body: Callable[[Expr], Stmt], name: str = "v") -> Stmt:
     return sequence(tirx.Bind(var, value), body(var))
 
 
-def scratch(
-    shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt], name: str = "scratch", scope: str = "global"
-) -> Stmt:
-    """Allocate a buffer that lives during ``body``."""
-    buffer = tirx.decl_buffer([as_index(extent) for extent in shape], dtype, name=name, scope=scope, data_alignment=64)
+def scratch(shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt], name: str = "scratch") -> Stmt:
+    """Allocate a buffer that lives during ``body``.
+
+    TVM puts constant sizes below 1 KB on the stack, where LLVM may turn them into registers, and larger ones into a
+    per-thread pool. That holds for the global scope only: buffers of "local" scope always come from the pool.
+    """
+    buffer = tirx.decl_buffer([as_index(extent) for extent in shape], dtype, name=name, data_alignment=64)
     return sequence(tirx.AllocBuffer(buffer), body(buffer))
 
 
@@ -107,7 +107,7 @@ def store(buffer: Any, indices: Sequence[Expr], value: Expr) -> Stmt:
     table: dict[Any, Expr] = {}
     parts: list[Stmt] = []
     for var, bound in bindings:
-        buffer_of = tirx.decl_buffer([index(1)], str(var.ty.dtype), name=var.name, scope="local")
+        buffer_of = tirx.decl_buffer([index(1)], str(var.ty.dtype), name=var.name)
         parts += [tirx.AllocBuffer(buffer_of), tirx.BufferStore(buffer_of, rewrite(bound, table), [index(0)])]
         table[var] = tirx.BufferLoad(buffer_of, [index(0)])
     return sequence(*parts, tirx.BufferStore(buffer, rewrite(plain, table) if table else plain, list(indices)))

@@ -309,7 +309,7 @@ class RowKernel:
                 loop(width, lambda lane: write({**axes, inner: start + lane}, load(acc, lane)), "vectorized", "lane"),
             )
 
-        return scratch([width], dtype, with_acc, "acc", "local")
+        return scratch([width], dtype, with_acc, "acc")
 
     def _accumulate_depth(
         self, stage: Stage, axes: dict[Any, Expr], dtype: str, lanes: int, value: Any, write: Any
@@ -362,7 +362,7 @@ class RowKernel:
                 result = load(acc, index(0))
             return sequence(fill, walk(acc, width), *folds, write(axes, result))
 
-        return scratch([width], dtype, with_acc, "acc", "local")
+        return scratch([width], dtype, with_acc, "acc")
 
     def _fold(self, kind: str, acc: Any, half: int, lanes: int) -> Stmt:
         """Combine the upper ``half`` partial results into the lower ones."""

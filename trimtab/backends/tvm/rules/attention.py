@@ -18,31 +18,47 @@ def _aligned(operand: Operand, batch: tuple[Expr, ...]) -> list[Expr]:
     return [i64(0) if dim == 1 else at for dim, at in zip(operand.type.shape, own, strict=False)]
 
 
-def _static_axes(op: Any) -> str:
-    sizes: list[Dim] = [op.q.type.shape[-3], op.k.type.shape[-3], op.v.type.shape[-1]]
-    return "" if all(isinstance(size, int) for size in sizes) else "the number of heads and the head size must be known"
+def _known_axes(op: Any) -> str:
+    heads, key_heads, width = op.q.type.shape[-3], op.k.type.shape[-3], op.v.type.shape[-1]
+    if not isinstance(width, int):
+        return "the size of a head's values must be known"
+    if heads != key_heads and not (isinstance(heads, int) and isinstance(key_heads, int)):
+        return "the number of heads must be known when it differs from the number of key heads"
+    return ""
 
 
-@loops_for(ops.Attention, absorbs_permute=True, check=_static_axes)
+@loops_for(ops.Attention, absorbs_permute=True, check=_known_axes)
 def _attention(
     op: Any, scope: Scope, outs: list[Target], q: Operand, k: Operand, v: Operand, mask: Operand | None
 ) -> Any:
     work = work_type(q.dtype)
+    heads: Dim = op.q.type.shape[-3]
+    known = isinstance(heads, int)
+
+    def place(at: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        """The kernel's position as one of the operands: a symbolic head axis is one more batch axis of one head."""
+        return at if known else (*at[:-3], *at[-2:])
 
     def reader(operand: Operand) -> Any:
-        return lambda *at: cast(operand(*_aligned(operand, at[:-3]), *at[-3:]), work)
+        def read(*at: Expr) -> Expr:
+            *batch, head, position, channel = place(at)
+            return cast(operand(*_aligned(operand, tuple(batch)), head, position, channel), work)
+
+        return read
 
     def read_mask(*at: Expr) -> Expr:
         assert mask is not None
-        value = mask.broadcast(at)
+        value = mask.broadcast(place(at))
         return value if mask.dtype == "bool" else cast(value, work)
 
     (out,) = outs
     return attention_loops(scope.machine, AttentionProblem(
-        batch=scope.shape(op.result.type.shape[:-3]), heads=op.q.type.shape[-3], key_heads=op.k.type.shape[-3],
+        batch=scope.shape(op.result.type.shape[: -3 if known else -2]),
+        heads=heads if isinstance(heads, int) else 1,
+        key_heads=op.k.type.shape[-3] if known else 1,
         queries=q.shape[-2], keys=k.shape[-2], depth=q.shape[-1], width=op.v.type.shape[-1],
         q=reader(q), k=reader(k), v=reader(v), mask=read_mask if mask is not None else None,
         mask_is_bool=mask is not None and mask.dtype == "bool",
-        out=lambda *at, value: out.store(at, cast(value, out.dtype)),
+        out=lambda *at, value: out.store(place(at), cast(value, out.dtype)),
         scale=op.scale, causal=op.causal, dtype=work,
     ))  # fmt: skip

@@ -52,7 +52,7 @@ def _cumsum(op: Any, scope: Scope, outs: list[Target], x: Operand) -> Stmt:
 
             return sequence(store(total, [index(0)], const(0, work)), loop(x.shape[op.dim], step, name="i"))
 
-        return scratch([1], work, with_total, "total", "local")
+        return scratch([1], work, with_total, "total")
 
     return _lines(x, op.dim, line)
 
