@@ -10,7 +10,7 @@ import torch
 
 from trimtab.backends.tvm import Layout, check_supported, find_target, status, target_names, unsupported_ops
 from trimtab.backends.tvm.layouts import packed_blocks
-from trimtab.errors import Location, MissingDependencyError, UnsupportedByBackendError, UsageError
+from trimtab.errors import BackendError, Location, MissingDependencyError, UnsupportedByBackendError, UsageError
 from trimtab.ir import OP_CLASSES, Builder, DType, TensorType, Weight, ops
 
 
@@ -106,3 +106,21 @@ def test_panel_layout_is_invertible_and_streams_the_same_bytes(shape: tuple[int,
     assert streamed == stored.numpy().tobytes()
     n, k = shape[-2] - 1, shape[-1] - 1
     assert stored[..., n // 48, k, n % 48].tolist() == data[..., n, k].tolist()
+
+
+def test_a_failure_of_tvm_is_traced_to_the_op_and_the_user_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tvm")
+    from trimtab.backends.tvm import build, pipeline
+
+    def fail(module: object, target: object) -> None:
+        raise RuntimeError("Check failed: LLVM module verification failed\n  in kernel tanh: bad operand")
+
+    monkeypatch.setattr(pipeline, "build_executable", fail)
+    b = Builder()
+    with b.at(Location("model.py", 7, "forward")):
+        b.output(b(ops.Tanh(b.input("x", TensorType(DType.F32, (3,))))))
+    with pytest.raises(BackendError) as caught:
+        build(b.module)
+    assert caught.value.values["kernel"] == "tanh"
+    assert caught.value.location == Location("model.py", 7, "forward")
+    assert "bad operand" in str(caught.value)

@@ -89,7 +89,7 @@ class _Attention:
         self.low = tirx.const(-math.inf, problem.dtype)
 
     def _choose_tile(self) -> tuple[int, int]:
-        """Rows and vectors of the register tile: the one that pads a known number of keys least, else a balanced one."""
+        """Rows and vectors of the register tile: the one that pads known keys least, else a balanced one."""
         balanced = next((tile for tile in self.machine.tiles if tile[0] == 6), self.machine.tiles[0])
         keys = int_value(self.p.keys)
         if keys is None:
