@@ -130,6 +130,16 @@ def int_value(expr: Expr) -> int | None:
     return int(expr.value) if isinstance(expr, tirx.IntImm) else None
 
 
+def constant_factor(expr: Expr) -> int:
+    """The product of the integer constants that a product is made of: 16 for ``16 * batch``, 1 for a variable."""
+    if isinstance(expr, tirx.Mul):
+        return constant_factor(expr.a) * constant_factor(expr.b)
+    if isinstance(expr, tirx.Cast):
+        return constant_factor(expr.value)
+    value = int_value(expr)
+    return 1 if value is None else value
+
+
 def product(extents: Sequence[Expr], dtype: str = "int64") -> Expr:
     """Product of extents; constant when all are."""
     total: Expr = tirx.const(1, dtype)

@@ -22,7 +22,7 @@ from trimtab.backends.tvm.codegen.contraction import (
     accesses_of,
     has_only_loads_as_users,
 )
-from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product, rewrite
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, constant_factor, int_value, product, rewrite
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
@@ -288,6 +288,9 @@ class ContractionKernel:
             known = int_value(rows)
             if known is not None:
                 return tiles(min(height, known), spill)
+            if constant_factor(rows) >= height:
+                # Never fewer rows than a tile. TVM's analyser also fails on a branch that only a size of 0 could reach.
+                return tiles(height, spill)
             return tirx.IfThenElse(rows >= height, tiles(height, spill), tiles(1, spill))
 
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
