@@ -1,6 +1,7 @@
 """Every zoo model through both doors and the TVM backend, in one table.
 
-    python benchmarks/zoo.py [--quick] [--json FILE] [--write-docs] [--model NAME] [--door torch|onnx] [--backend interpreter|tvm]
+    python benchmarks/zoo.py [--quick] [--json FILE] [--write-docs] [--model NAME]
+                             [--door torch|onnx] [--backend interpreter|tvm]
 
 For each model and door: import, verify, print and parse back, then compare with eager PyTorch at several sizes:
 the interpreter within 1e-5 (float32) and 1e-10 (float64, torch door), the compiled code within 1e-4 of the
@@ -96,10 +97,11 @@ def write_docs(rows: Sequence[dict[str, Any]]) -> None:
     lines = [
         "# Model zoo",
         "",
-        "Written by `python benchmarks/zoo.py --write-docs`. Small models of each architecture with random weights, imported",
-        "with symbolic batch (and length, for text models other than Mamba), run at three sizes. The interpreter is compared",
-        "with eager PyTorch (allowed: 1e-5 of the largest element in float32, and through the torch door also 1e-10 in",
-        "float64), the compiled code with the interpreter (allowed: 1e-4). Figures are the largest float32 differences.",
+        "Written by `python benchmarks/zoo.py --write-docs`. Small models of each architecture with random weights,",
+        "imported with symbolic batch (and length, for text models other than Mamba), run at three sizes. The",
+        "interpreter is compared with eager PyTorch (allowed: 1e-5 of the largest element in float32, and through the",
+        "torch door also 1e-10 in float64), the compiled code with the interpreter (allowed: 1e-4). Figures are the",
+        "largest float32 differences.",
         "",
         "| model | " + " | ".join(f"{door}, {backend}" for door, backend in columns) + " |",
         "|---|" + "---|" * len(columns),
