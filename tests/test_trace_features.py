@@ -200,6 +200,15 @@ def test_export_failures_carry_torchs_reason() -> None:
         trace(Branch().eval(), (torch.randn(4),))
 
 
+def test_dtypes_without_a_counterpart_are_refused() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.fft(x).abs()
+
+    with pytest.raises(ImportModelError, match="complex64"):
+        trace(Spectrum().eval(), (torch.randn(4),))
+
+
 def test_not_a_module_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"torch\.nn\.Module"):
         trace(F.relu, (torch.randn(2),))  # type: ignore[arg-type]

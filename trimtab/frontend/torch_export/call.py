@@ -48,7 +48,7 @@ class Call:
     @property
     def dtype(self) -> DType:
         """Dtype of the call's (first) result."""
-        return DType.from_torch(self._first().dtype)
+        return self.type_of(self._first()).dtype
 
     def shapes(self) -> list[tuple[Dim, ...]]:
         """Shape of each result of a call that returns several."""

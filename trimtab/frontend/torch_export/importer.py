@@ -129,6 +129,8 @@ class Importer:
         metas = call.meta if isinstance(call.meta, tuple | list) else (call.meta,)
         if not all(isinstance(meta, torch.Tensor) for meta in metas):
             return self._unsupported(call, "does not return tensors")
+        for meta in metas:
+            call.type_of(meta)  # refuses dtypes that the IR lacks
         try:
             op = Opaque(
                 tuple(dict.fromkeys(tensors)), str(target), encode_call(tuple(bound), list(dict.fromkeys(tensors)))
