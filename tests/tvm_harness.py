@@ -50,7 +50,7 @@ def _aligned(weight: Any) -> Any:
 
     data = bytearray(b"".join(bytes(block) for block in weight.blocks()))
     flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-    return tvm_ffi.from_dlpack(_align(flat.view(weight.weight.type.dtype.to_torch()).reshape(weight.shape)))
+    return tvm_ffi.from_dlpack(_align(flat.view(DType(weight.dtype).to_torch()).reshape(weight.shape)))
 
 
 def module_of(inputs: Sequence[Value] | Sequence[TensorType], *outputs: Any) -> tuple[Module, list[Op]]:

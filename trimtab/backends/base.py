@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from trimtab.ir.core import Module
+from trimtab.ir.dtypes import DType
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class StoredWeight:
     plain_dtype: str
     plain_shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, padding included."""
+        return math.prod(self.shape) * max(DType(self.dtype).bits // 8, 1)
+
 
 @dataclass(frozen=True)
 class CompiledCode:
@@ -47,6 +54,7 @@ class CompiledCode:
         requires: versions of the packages the code was built for.
         memory: bytes of the memory plan, by purpose.
         seconds: time spent, by stage.
+        kernels: for each kernel's name the ops it computes, as ``mnemonic at location``.
         entry: name of the function to call.
     """
 
@@ -59,6 +67,7 @@ class CompiledCode:
     requires: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     entry: str = "main"
 
 

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trimtab.backends.tvm.availability import status
-    from trimtab.backends.tvm.compiler import CompiledCode, StoredWeight, build
+    from trimtab.backends.tvm.compiler import build
     from trimtab.backends.tvm.layouts import Layout
     from trimtab.backends.tvm.support import check_supported, unsupported_ops
     from trimtab.backends.tvm.targets import find_target, target_names
 
 _PLACES = {
-    "CompiledCode": "compiler",
     "Layout": "layouts",
-    "StoredWeight": "compiler",
     "build": "compiler",
     "check_supported": "support",
     "find_target": "targets",
@@ -23,7 +21,7 @@ _PLACES = {
     "unsupported_ops": "support",
 }
 
-__all__ = ["CompiledCode", "Layout", "StoredWeight", "build", "check_supported", "find_target",
+__all__ = ["Layout", "build", "check_supported", "find_target",
            "status", "target_names", "unsupported_ops"]  # fmt: skip
 
 

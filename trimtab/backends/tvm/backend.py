@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.backends.base import BackendStatus, CompiledCode, StoredWeight
+from trimtab.backends.base import BackendStatus, CompiledCode
 from trimtab.ir.core import Module
 
 
@@ -17,29 +17,7 @@ class TvmBackend:
     def build(self, module: Module, target: str = "", threads: int | None = None) -> CompiledCode:
         from trimtab.backends.tvm.compiler import build
 
-        code = build(module, target, threads)
-        return CompiledCode(
-            backend="tvm",
-            triple=code.triple,
-            features=code.features,
-            library=code.library,
-            weights=tuple(
-                StoredWeight(
-                    name=stored.id,
-                    dtype=str(stored.weight.type.dtype),
-                    shape=stored.shape,
-                    blocks=stored.blocks,
-                    layout=None if stored.layout.is_plain else stored.layout.to_dict(),
-                    plain_dtype=str(stored.weight.type.dtype),
-                    plain_shape=tuple(int(size) for size in stored.plain_shape),
-                )
-                for stored in code.weights
-            ),
-            runtime_libraries=(code.runtime_library,),
-            requires=code.requires,
-            memory=code.memory,
-            seconds=code.seconds,
-        )
+        return build(module, target, threads)
 
     def status(self) -> BackendStatus:
         from trimtab.backends.tvm.availability import status

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.backends.base import CompiledCode, StoredWeight
 from trimtab.backends.tvm.availability import require_tvm
 from trimtab.errors import BackendError, MissingDependencyError, TrimtabError
 from trimtab.ir.core import Module
@@ -22,80 +23,12 @@ if TYPE_CHECKING:
     from trimtab.backends.tvm.targets import TargetSpec
 
 
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight as the code wants it.
-
-    Attributes:
-        weight: the weight of the module.
-        layout: its storage order.
-        shape: its stored shape.
-    """
-
-    weight: Weight
-    layout: Layout
-    shape: tuple[int, ...]
-
-    @property
-    def id(self) -> str:
-        """The weight's id in the module's table."""
-        return self.weight.id
-
-    @property
-    def plain_shape(self) -> tuple[int, ...]:
-        """Its shape in the module."""
-        return tuple(int(size) for size in self.weight.type.shape)  # type: ignore[arg-type]
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes, padding included."""
-        size = max(self.weight.type.dtype.bits // 8, 1)
-        for extent in self.shape:
-            size *= extent
-        return size
-
-    def blocks(self) -> Iterator[bytes | memoryview]:
-        """The stored bytes, made a block at a time."""
-        from trimtab.backends.tvm.layouts import packed_blocks
-
-        return packed_blocks(self.weight, self.layout)
-
-
-@dataclass(frozen=True)
-class CompiledCode:
-    """Native code for one module and target.
-
-    Attributes:
-        library: the shared library's bytes. It holds a Relax executable whose ``main`` takes the inputs, then the
-            weights, and returns a tuple with the outputs.
-        weights: the weights in calling order.
-        target: name of the target; triple: its LLVM triple; features: CPU features the code needs.
-        memory: ``workspace_bytes``, the planned intermediate memory where it is static, and ``weight_bytes``.
-        seconds: time per stage.
-        kernels: for each kernel's name the ops it computes, as ``mnemonic at location``.
-        requires: versions of the packages the code runs with.
-    """
-
-    library: bytes
-    weights: tuple[StoredWeight, ...]
-    target: str
-    triple: str
-    features: tuple[str, ...]
-    memory: dict[str, int]
-    seconds: dict[str, float]
-    kernels: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    requires: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def runtime_library(self) -> Path:
-        """The runtime library that a device needs beside libtvm_ffi."""
-        import tvm
-
-        return Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
-
-
 def build(module: Module, target: str = "", threads: int | None = None) -> CompiledCode:
     """Compile ``module`` for a CPU.
+
+    The library holds a Relax executable whose ``main`` takes the inputs, then the weights, and returns a tuple with the
+    outputs. ``memory`` has ``workspace_bytes``, the planned intermediate memory where it is static, and
+    ``weight_bytes``.
 
     Args:
         module: a verified module.
@@ -133,17 +66,42 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
         raise
     except Exception as error:
         raise _explain(error, emitted.origins) from error
-    weights = []
-    for id in emitted.weights:
-        weight, layout = module.weights[id], emitted.layouts[id]
-        shape = layout.stored_shape(tuple(int(d) for d in weight.type.shape))  # type: ignore[arg-type]
-        weights.append(StoredWeight(weight, layout, shape))
-    memory = {"workspace_bytes": _workspace_bytes(lowered), "weight_bytes": sum(w.nbytes for w in weights)}
-    kernels = {name: tuple(_describe(op) for op in ops) for name, ops in emitted.origins.items()}
-    requires = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    weights = tuple(_stored(module.weights[id], emitted.layouts[id]) for id in emitted.weights)
     return CompiledCode(
-        library, tuple(weights), spec.name, spec.triple, spec.features, memory, clock.laps, kernels, requires
+        backend="tvm",
+        triple=spec.triple,
+        features=spec.features,
+        library=library,
+        weights=weights,
+        runtime_libraries=(_runtime_library(),),
+        requires={name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")},
+        memory={"workspace_bytes": _workspace_bytes(lowered), "weight_bytes": sum(w.nbytes for w in weights)},
+        seconds=clock.laps,
+        kernels={name: tuple(_describe(op) for op in ops) for name, ops in emitted.origins.items()},
     )
+
+
+def _stored(weight: Weight, layout: Layout) -> StoredWeight:
+    """``weight`` as the code reads it."""
+    from trimtab.backends.tvm.layouts import packed_blocks
+
+    shape = tuple(int(size) for size in weight.type.shape)  # type: ignore[arg-type]
+    return StoredWeight(
+        name=weight.id,
+        dtype=str(weight.type.dtype),
+        shape=layout.stored_shape(shape),
+        blocks=functools.partial(packed_blocks, weight, layout),
+        layout=None if layout.is_plain else layout.to_dict(),
+        plain_dtype=str(weight.type.dtype),
+        plain_shape=shape,
+    )
+
+
+def _runtime_library() -> Path:
+    """The runtime library that a device needs beside libtvm_ffi."""
+    import tvm
+
+    return Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
 
 
 class _Clock:
