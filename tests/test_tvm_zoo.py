@@ -1,14 +1,14 @@
-"""Zoo models with symbolic batch and sequence: compiled code agrees with the interpreter at sizes it was not traced at."""
+"""Zoo models with symbolic batch and sequence: compiled code agrees with the interpreter at untraced sizes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tvm_harness import Compiled
-from zoo_models import ZooModel, zoo
 
 from trimtab import trace
 from trimtab.ir import interpret
+from zoo_models import ZooModel, zoo
 
 pytest.importorskip("tvm")
 
