@@ -2,7 +2,7 @@
 
 TVM lowers ``exp``, ``erf``, ``tanh`` ... to libm calls, one scalar call per element.  The versions here are
 polynomials with range reduction, accurate to a few units in the last place, and pass NaN and infinities through.
-Coefficients of ``exp``, ``log``, ``sin``/``cos`` follow the Cephes library (S. Moshier, single precision); ``tanh`` is
+Coefficients of ``exp`` and ``log`` follow the Cephes library (S. Moshier, single precision); ``tanh`` is
 computed from ``expm1``; ``erf`` is the odd rational minimax approximation on [-4, 4] known from Eigen.  Double
 precision keeps libm.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import tirx
 
-from trimtab.backends.tvm.codegen.comparison import eq, ne
+from trimtab.backends.tvm.codegen.comparison import eq
 from trimtab.backends.tvm.codegen.expression import Expr, let
 
 
@@ -182,51 +182,6 @@ def erf(x: Expr) -> Expr:
             y * y, lambda s: saturated(y, y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR))
         ),
     )
-
-
-_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
-
-
-def _quadrant(x: Expr, shift: int) -> Expr:
-    """sin(x + shift*pi/2) by reduction to [-pi/4, pi/4] with pi/2 split in three parts (good to |x| of about 1e4)."""
-
-    def reduced(rounded: Expr, v: Expr) -> Expr:
-        def parts(n: Expr) -> Expr:
-            r0 = v - n * f32(1.5703125) - n * f32(4.837512969970703125e-4) - n * f32(7.549789948768648e-8)
-            quadrant = _bits(rounded) + tirx.const(shift, "int32")
-            odd = ne(quadrant & tirx.const(1, "int32"), tirx.const(0, "int32"))
-            sign = (quadrant & tirx.const(2, "int32")) << tirx.const(30, "int32")
-            return let(
-                r0,
-                lambda r: let(
-                    r * r,
-                    lambda z: _float(
-                        _bits(
-                            tirx.Select(
-                                odd,
-                                _polynomial(z, _COS) * z * z - f32(0.5) * z + f32(1.0),
-                                _polynomial(z, _SIN) * z * r + r,
-                            )
-                        )
-                        ^ sign
-                    ),
-                ),
-            )
-
-        return let(rounded - f32(_ROUND), parts)
-
-    return let(x, lambda v: let(v * f32(0.636619772367581343) + f32(_ROUND), lambda rounded: reduced(rounded, v)))
-
-
-def sin(x: Expr) -> Expr:
-    """Sine, absolute error about 1e-7 for |x| < 8192; larger arguments go through libm."""
-    return _quadrant(x, 0)
-
-
-def cos(x: Expr) -> Expr:
-    """Cosine, as :func:`sin`."""
-    return _quadrant(x, 1)
 
 
 _LOWERINGS: dict[str, Callable[[Expr], Expr]] = {
