@@ -2,10 +2,12 @@
 
     python benchmarks/latency.py [--model deit-s] [--runs 20] [--threads 2] [--json FILE]
 
-All contenders use the same number of threads and the same random inputs, and take turns call by call, so that a
-machine whose speed drifts slows all of them.  Printed are the median and the best of all runs, and ratios to eager of
-the medians.  ``floor`` is the model's multiply-accumulates over the matrix-product rate measured in the same process:
-the time the matrix products alone would take at that rate.
+All contenders use the same number of threads and the same random inputs, and take turns in blocks of a few calls, so
+that a machine whose speed drifts slows all of them.  Before a block comes a pause and a call that is not counted: the
+thread pools of PyTorch and ONNX Runtime spin for a while after a call and would slow down whoever comes next.  Printed
+are the median and the best of all runs, and ratios to eager of the medians.  ``floor`` is the model's
+multiply-accumulates over the matrix-product rate measured in the same process: the time the matrix products alone
+would take at that rate.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ MODELS: dict[str, tuple[Callable[[], ZooModel], int, int]] = {
     "vit-b": (vit_b, 1, 0),
 }
 """Builder, batch and length of each benchmark model."""
+
+BLOCK = 5
+SETTLE_SECONDS = 0.4
 
 
 def main() -> int:
@@ -85,12 +90,14 @@ def measure(name: str, runs: int, threads: int, gflops: float) -> list[dict[str,
         differences = {}
         for label, call in contenders.items():
             differences[label] = float((first_output(call()) - expected).abs().max() / expected.abs().max())
-            call()
-        for _ in range(runs):
+        for _ in range(-(-runs // BLOCK)):
             for label, call in contenders.items():
-                start = time.perf_counter()
+                time.sleep(SETTLE_SECONDS)
                 call()
-                times[label].append((time.perf_counter() - start) * 1e3)
+                for _ in range(BLOCK):
+                    start = time.perf_counter()
+                    call()
+                    times[label].append((time.perf_counter() - start) * 1e3)
         session.close()
     macs = sum(int(evaluate(op.macs(), {})) for op in module.walk())
     rows = [

@@ -12,6 +12,8 @@ from typing import Any
 
 from tvm import ir, tirx
 
+from trimtab.errors import InternalError
+
 Expr = Any
 LoadRule = Callable[[Any, list[Expr]], Expr | None]
 CallRule = Callable[[str, str, list[Expr]], Expr | None]
@@ -73,7 +75,7 @@ def rewrite(
             name = getattr(node.op, "name", "")
             replaced = call(name, dtype_of(node), args) if call is not None else None
             return ir.Call(node.op, args, ret_ty=node.ty) if replaced is None else replaced
-        raise NotImplementedError(f"no rewrite for TIR node {type(node).__name__}")
+        raise InternalError("a TIR expression cannot be rewritten", values={"node": type(node).__name__})
 
     return visit(expr)
 
