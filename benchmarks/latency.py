@@ -1,6 +1,6 @@
 """Latency of compiled models against eager PyTorch and ONNX Runtime, side by side in one process.
 
-    python benchmarks/latency.py [--model deit-s] [--runs 20] [--threads 2] [--json FILE]
+    python benchmarks/latency.py [--model deit-s] [--runs 20] [--threads 2] [--target native] [--json FILE]
 
 All contenders use the same number of threads and the same random inputs, and take turns in blocks of a few calls, so
 that a machine whose speed drifts slows all of them.  Before a block comes a pause and a call that is not counted: the
@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--model", action="append", choices=list(MODELS), help="only this model (may be repeated)")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--target", default="native", help="target of Trimtab's code, e.g. x86-64-v3")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -62,22 +63,23 @@ def main() -> int:
     print(f"{machine['processor']}, {args.threads} threads, {machine['versions']}")
     print(f"matrix products of torch (MKL), f32: {machine['gflops']} GFLOP/s")
     print(f"{'model':10s} {'contender':14s} {'median ms':>10s} {'best ms':>9s} {'vs eager':>9s} {'max diff':>9s}")
-    rows = [row for name in args.model or MODELS for row in measure(name, args.runs, args.threads, machine["gflops"])]
+    rows = [row for name in args.model or MODELS for row in measure(name, args, machine["gflops"])]
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return 0
 
 
-def measure(name: str, runs: int, threads: int, gflops: float) -> list[dict[str, Any]]:
+def measure(name: str, args: argparse.Namespace, gflops: float) -> list[dict[str, Any]]:
     """Time one model in every contender; prints and returns its rows."""
     build, batch, length = MODELS[name]
+    runs, threads = args.runs, args.threads
     entry = build()
     model = entry.build()
     inputs = entry.inputs(batch, length or 12)
     arrays = {key: value.numpy() for key, value in inputs.items()}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         module = trimtab.trace(model, tuple(inputs.values()))
-        artifact = trimtab.compile(module, target="native", threads=threads).save(Path(folder) / "model.trim")
+        artifact = trimtab.compile(module, target=args.target, threads=threads).save(Path(folder) / "model.trim")
         session = trimtab.load(artifact, threads=threads)
         runtime = onnx_runtime(model, inputs, Path(folder) / "model.onnx", threads)
         contenders: dict[str, Callable[[], Any]] = {
