@@ -26,6 +26,7 @@ from trimtab.backends.tvm.codegen.expression import Expr, as_index, constant_fac
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
+    bind_all,
     ceil_div,
     flat_offset,
     index,
@@ -172,15 +173,7 @@ class ContractionKernel:
 
     def _with_batch(self, axes: Flattener, flat: Expr, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
         values = axes.at(flat, linear=False)
-        pending = [(axis, value) for axis, value in values.items() if int_value(value) is None]
-
-        def step(position: int, bound: dict[Any, Expr]) -> Stmt:
-            if position == len(pending):
-                return body(bound)
-            axis, value = pending[position]
-            return bind(value, lambda v: step(position + 1, {**bound, axis: v}), "batch")
-
-        return step(0, {axis: value for axis, value in values.items() if int_value(value) is not None})
+        return bind_all(values, body, "batch")
 
     def _row_blocks(self, batch: Expr, panels: Expr) -> int:
         known = [value for e in (batch, panels, self.m.extent) if (value := int_value(e)) is not None]

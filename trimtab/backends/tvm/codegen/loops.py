@@ -88,6 +88,20 @@ def bind(value: Expr, body: Callable[[Expr], Stmt], name: str = "v") -> Stmt:
     return sequence(tirx.Bind(var, value), body(var))
 
 
+def bind_all(values: dict[Any, Expr], body: Callable[[dict[Any, Expr]], Stmt], name: str = "at") -> Stmt:
+    """Name every value that is not constant, so that ``body`` may use it often; ``values`` maps axes to positions."""
+    known = {axis: value for axis, value in values.items() if int_value(value) is not None}
+    pending = [(axis, value) for axis, value in values.items() if axis not in known]
+
+    def step(position: int, bound: dict[Any, Expr]) -> Stmt:
+        if position == len(pending):
+            return body(bound)
+        axis, value = pending[position]
+        return bind(value, lambda v: step(position + 1, {**bound, axis: v}), name)
+
+    return step(0, known)
+
+
 def scratch(shape: Sequence[Expr | int], dtype: str, body: Callable[[Any], Stmt], name: str = "scratch") -> Stmt:
     """Allocate a buffer that lives during ``body``.
 

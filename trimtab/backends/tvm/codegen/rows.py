@@ -29,6 +29,7 @@ from trimtab.backends.tvm.codegen.expression import (
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
+    bind_all,
     blocks,
     ceil_div,
     flat_offset,
@@ -230,7 +231,7 @@ class RowKernel:
 
         def row(flat: Expr) -> Stmt:
             values = rows.at(flat, linear=False)
-            return self._bound(
+            return bind_all(
                 values,
                 lambda bound: vectors(inner.extent, lanes, lambda f: element({**bound, **inner.at(f, linear=True)})),
             )
@@ -415,17 +416,6 @@ class RowKernel:
 
     def _kind(self, work: int | None) -> str:
         return "serial" if work is not None and work < self.machine.serial_work // 8 else "parallel"
-
-    def _bound(self, values: dict[Any, Expr], body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
-        pending = [(axis, value) for axis, value in values.items() if int_value(value) is None]
-
-        def step(position: int, bound: dict[Any, Expr]) -> Stmt:
-            if position == len(pending):
-                return body(bound)
-            axis, value = pending[position]
-            return bind(value, lambda v: step(position + 1, {**bound, axis: v}), "at")
-
-        return step(0, {axis: value for axis, value in values.items() if int_value(value) is not None})
 
     def _nest(self, axes: Axes, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
         def level(position: int, values: dict[Any, Expr]) -> Stmt:
