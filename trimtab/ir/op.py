@@ -118,8 +118,10 @@ class Op:
     regions: tuple[Graph, ...]
     location: Location | None
     graph: Graph | None
+    made_by: str
     _previous: Op | None
     _next: Op | None
+    _order: int
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -211,6 +213,12 @@ class Op:
             )
         return self.results[0]
 
+    def is_before(self, other: Op) -> bool:
+        """Whether this op is executed before ``other``, an op of the same graph. Takes constant time."""
+        if self.graph is None or self.graph is not other.graph:
+            raise InternalError("ops of different graphs have no order", values={"ops": (self.name, other.name)})
+        return self._order < other._order
+
     # -- copies -------------------------------------------------------------------------------------------------
 
     def clone(self, operands: Sequence[Value] | None = None, regions: Sequence[Graph] | None = None) -> Op:
@@ -222,7 +230,7 @@ class Op:
             self.attributes,
             tuple(regions if regions is not None else (region.copy() for region in self.regions)),
         )
-        op.location = self.location
+        op.location, op.made_by = self.location, self.made_by
         op._make_results([value.type for value in self.results])
         return op
 
@@ -239,7 +247,7 @@ class Op:
             {**self.attributes, **checked},
             tuple(region.copy() for region in self.regions),
         )
-        op.location = self.location
+        op.location, op.made_by = self.location, self.made_by
         op._infer_results()
         return op
 
@@ -332,7 +340,9 @@ class Op:
         self.regions = regions
         self.location = None
         self.graph = None
+        self.made_by = ""
         self._previous = self._next = None
+        self._order = 0
         for index, value in enumerate(operands):
             value._add_use(Use(self, index))
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from trimtab.ir.core import Graph
     from trimtab.ir.op import Op
 
+_GAP = 1 << 64
+"""Distance of the order numbers of neighbours: dozens of ops fit between two before a renumbering."""
+
 
 class OpList:
     """The ops of a graph in execution order.
@@ -98,6 +101,7 @@ class OpList:
         if op.graph is not None:
             raise InternalError("an op was inserted twice", values={"op": op.name}, fix="unlink it first")
         op._previous, op._next, op.graph = previous, following, self._graph
+        op._order = self._order_between(previous, following)
         if previous is None:
             self._first = op
         else:
@@ -108,6 +112,17 @@ class OpList:
             following._previous = op
         self._length += 1
         return op
+
+    def _order_between(self, previous: Op | None, following: Op | None) -> int:
+        """A number between those of two neighbours. When none is left, all ops are numbered anew."""
+        if previous is None:
+            return following._order - _GAP if following is not None else 0
+        if following is None:
+            return previous._order + _GAP
+        if following._order - previous._order < 2:
+            for index, op in enumerate(self):
+                op._order = index * _GAP
+        return (previous._order + following._order) // 2
 
     def _owned(self, op: Op) -> None:
         if op.graph is not self._graph:

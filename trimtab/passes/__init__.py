@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from trimtab.passes.optimize import OptimizeResult
     from trimtab.passes.pipeline import Group, Pipeline, parse_pipeline
     from trimtab.passes.registry import load_pass, pass_names
+    from trimtab.passes.rewrite_pass import RewritePass
 
 _LATE = {
     "PassManager": "manager", "Dump": "observers", "Observer": "observers", "Step": "observers",
     "OptimizeResult": "optimize", "Group": "pipeline", "Pipeline": "pipeline", "parse_pipeline": "pipeline",
-    "load_pass": "registry", "pass_names": "registry",
+    "RewritePass": "rewrite_pass", "load_pass": "registry", "pass_names": "registry",
 }  # fmt: skip
 
 __all__ = [
     "Changed", "Close", "Context", "Contract", "Drift", "Dump", "Exact", "Group", "Lossy", "Observer", "OptimizeReport",
-    "OptimizeResult", "Pass", "PassManager", "PassRow", "Pipeline", "Step", "load_pass", "parse_pipeline", "pass_names",
+    "OptimizeResult", "Pass", "PassManager", "PassRow", "Pipeline", "RewritePass", "Step", "load_pass",
+    "parse_pipeline", "pass_names",
 ]  # fmt: skip
 
 

@@ -30,12 +30,19 @@ if TYPE_CHECKING:
     import torch
 
     from trimtab.ir import Module
+    from trimtab.ir.rewrite import Rewrites
 
 Changed: TypeAlias = bool
 """Whether a pass changed the module. The manager compares: a pass that says no and changed something is an error."""
 
 Metric: TypeAlias = "Callable[[Module], float]"
 """A score of a module, higher is better: for example its accuracy on the user's data."""
+
+
+def _fresh_rewrites() -> Rewrites:
+    from trimtab.ir.rewrite import Rewrites  # imports torch, which declaring passes does not
+
+    return Rewrites()
 
 
 @dataclass
@@ -46,11 +53,13 @@ class Context:
         calibration: checked batches, each a tensor per input of the module in order; empty when the user gave none.
         metric: the user's score of a module, or None.
         seed: seed of everything random in passes and samples.
+        rewrites: the log of this application of the pass, and the gate that its rewrites go through.
     """
 
     calibration: tuple[tuple[torch.Tensor, ...], ...] = ()
     metric: Metric | None = None
     seed: int = 0
+    rewrites: Rewrites = field(default_factory=_fresh_rewrites, repr=False)
     _notes: list[str] = field(default_factory=list, repr=False)
 
     def note(self, text: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from trimtab.errors import ContractError, PassError, TrimtabError
+from trimtab.ir.rewrite.log import Rewrites
 from trimtab.passes.base import Context, Pass
 from trimtab.passes.contract_check import MAC_LIMIT, CheckMode, ContractCheck
 from trimtab.passes.observers import Observer, Step, Timing, Verify
@@ -105,12 +106,14 @@ class _Run:
         row.ops_before, row.weight_bytes_before = _size(before)
         self._report.rows.append(row)
         step = Step(pass_, before, after, row, self._report, self._ctx)
+        self._ctx.rewrites = Rewrites()  # an observer may put one with a limit in its place
         try:
             for observer in self._observers:
                 observer.before_pass(step)
             self._ctx.take_notes()
             claimed = pass_.run(after, self._ctx)
             row.notes += self._ctx.take_notes()
+            row.rules = [log.to_dict() for log in self._ctx.rewrites.log.values()]
             row.ops_after, row.weight_bytes_after = _size(after)
             row.changed = _really_changed(claimed, step)
             for observer in reversed(self._observers):
