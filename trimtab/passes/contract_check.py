@@ -8,19 +8,19 @@ first pass that is at fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from trimtab.errors import CalibrationError, ContractError, TrimtabError, UsageError
 from trimtab.ir.core import Module
-from trimtab.ir.interpreter import interpret
 from trimtab.passes.base import Context
-from trimtab.passes.contracts import Contract, Drift, Exact, Lossy, measure
+from trimtab.passes.contracts import Contract, Drift, Exact, Lossy, contract_text
 from trimtab.passes.determinism import is_deterministic
+from trimtab.passes.evaluation import evaluate, output_drifts, suits
 from trimtab.passes.observers import Observer, Step, counted
 from trimtab.passes.report import OptimizeReport
-from trimtab.passes.samples import SMALL_MACS, Sample, count_macs, generate_samples, sizes_of
+from trimtab.passes.samples import Sample, count_macs, generate_samples, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,7 @@ class ContractCheck(Observer):
                 after = self._evaluated.outputs(steps[-1].after, sample, precision)
                 if isinstance(after, TrimtabError):
                     raise _breach(steps, sample, f"the module can no longer be evaluated: {after.what}", after)
-                for drift in _drifts(steps[0].before, before, after, sample, precision):
+                for drift in output_drifts(steps[0].before.main.output_names, before, after, sample, precision):
                     if not contract.holds(drift):
                         raise _breach(steps, sample, f"drift is {drift} at {drift.where}")
                     worst = max(worst or drift, drift, key=lambda d: (d.relative, d.absolute, d.differing))
@@ -134,10 +134,8 @@ class ContractCheck(Observer):
             step.row.notes += [] if worst is not None else list(unusable)
 
     def _samples_for(self, contract: Contract) -> list[Sample]:
-        if isinstance(contract, Exact):
-            fitting = [sample for sample in self._samples if sample.macs <= self._mac_limit]
-            return [sample for sample in fitting if not (contract.rounding and sample.special)]
-        return [sample for sample in self._samples if not sample.special]
+        believed_above = self._mac_limit if isinstance(contract, Exact) else math.inf
+        return [sample for sample in self._samples if sample.macs <= believed_above and suits(contract, sample)]
 
 
 class _Evaluations:
@@ -147,15 +145,11 @@ class _Evaluations:
         self._modules: list[tuple[Module, dict[Any, Any]]] = []
 
     def outputs(self, module: Module, sample: Sample, precision: str) -> tuple[torch.Tensor, ...] | TrimtabError:
-        import torch
-
         known = self._known(module)
         key = (sample.name, precision)
         if key not in known:
-            wide = getattr(torch, precision) if precision else None
             try:
-                with _threads_for(sample):
-                    known[key] = interpret(module, sample.inputs, precision=wide, row_major=True)
+                known[key] = evaluate(module, sample, precision)
             except TrimtabError as error:
                 known[key] = error
         outputs: tuple[torch.Tensor, ...] | TrimtabError = known[key]
@@ -177,30 +171,6 @@ class _Evaluations:
         return self._modules[-1][1]
 
 
-@contextmanager
-def _threads_for(sample: Sample) -> Iterator[None]:
-    """One thread for small samples: waking a pool for thousands of tiny ops takes longer than the ops, and a hundred
-    times longer when other processes hold the cores."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if sample.macs < SMALL_MACS else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _drifts(
-    module: Module, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], sample: Sample, precision: str
-) -> Iterator[Drift]:
-    suffix = f" on {sample.name}{f' in {precision}' if precision else ''}"
-    if len(before) != len(after):
-        yield Drift(math.inf, 0.0, 1, f"the number of outputs, {len(before)} and then {len(after)},{suffix}")
-    for name, old, new in zip(module.main.output_names, before, after, strict=False):
-        yield measure(old, new, f"output {name}{suffix}")
-
-
 def _unusable(sample: Sample, error: TrimtabError, ctx: Context) -> str:
     """The remark that ``sample`` cannot be evaluated; an error when the sample is the user's own data."""
     if ctx.calibration:
@@ -214,10 +184,12 @@ def _unusable(sample: Sample, error: TrimtabError, ctx: Context) -> str:
 def _breach(steps: Sequence[Step], sample: Sample, what: str, cause: TrimtabError | None = None) -> ContractError:
     names = ", ".join(dict.fromkeys(step.pass_.name for step in steps))
     subject = f"the pass {names} broke its contract" if len(steps) == 1 else f"the passes {names} broke their contract"
+    contract = steps[0].pass_.contract
+    bisect = f"trimtab bisect MODEL --passes {shlex.quote(steps[0].report.pipeline)} --check {contract_text(contract)}"
     return ContractError(
         f"{subject}: {what}",
-        values={"contract": steps[0].pass_.contract, "sample": sample.name},
+        values={"contract": contract, "sample": sample.name},
         rule=(cause.rule if cause is not None else "") or "the manager evaluates the module before and after a pass",
-        fix="correct the pass, or declare the contract it does keep",
+        fix=f"correct the pass, or declare the contract it does keep; to find the rewrite at fault: {bisect}",
         where=steps[-1].place,
     )

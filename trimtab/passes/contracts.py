@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from trimtab.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -109,6 +111,45 @@ class Lossy:
 
 
 Contract: TypeAlias = Exact | Close | Lossy
+
+
+def contract_text(contract: Contract) -> str:
+    """The contract as ``trimtab bisect --check`` takes it; :func:`parse_contract` is its inverse."""
+    match contract:
+        case Exact(rounding=rounding):
+            return "rounding" if rounding else "exact"
+        case Close(rtol=rtol, atol=atol):
+            return f"rtol={rtol!r},atol={atol!r}"
+        case Lossy():
+            return "lossy"
+
+
+def parse_contract(text: str) -> Contract:
+    """Read ``exact``, ``rounding``, ``lossy``, or ``rtol=1e-3,atol=1e-8``, where a tolerance left out is 0.
+
+    Raises:
+        UsageError: the text is something else, or a tolerance is negative or no number.
+    """
+    words: dict[str, Contract] = {"exact": Exact(), "rounding": Exact(rounding=True), "lossy": Lossy()}
+    if text.strip() in words:
+        return words[text.strip()]
+    tolerances: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if name not in ("rtol", "atol") or name in tolerances or not number >= 0:
+            raise UsageError(
+                "cannot read the contract to check",
+                values={"given": repr(text)},
+                rule="it is rtol=NUMBER and atol=NUMBER, exact (the same bits), rounding (equal in real arithmetic), "
+                "or lossy (can be evaluated)",
+                fix="for example rtol=1e-3",
+            )
+        tolerances[name] = number
+    return Close(**{"rtol": 0.0, "atol": 0.0, **tolerances})
 
 
 def measure(before: torch.Tensor, after: torch.Tensor, where: str = "") -> Drift:
