@@ -503,6 +503,26 @@ def _swap_and_add() -> Graph:
     return graph
 
 
+def _skip_norm() -> Graph:
+    """The body ``s = x + y, layer_norm(s)``, which returns both."""
+    graph = Graph()
+    x, y, w = graph.add_input(f32(BATCH, 4), "x"), graph.add_input(f32(BATCH, 4), "y"), graph.add_input(f32(4), "w")
+    s = graph.ops.append(ops.Add(x, y)).result
+    graph.set_outputs([s, graph.ops.append(ops.LayerNorm(s, w)).result])
+    return graph
+
+
+def _linear_gelu() -> Graph:
+    """The body ``gelu(x W^T)``."""
+    graph = Graph()
+    x, w = graph.add_input(f32(BATCH, 4), "x"), graph.add_input(f32(3, 4), "w")
+    product = graph.ops.append(ops.Linear(x, w)).result
+    graph.set_outputs([graph.ops.append(ops.Gelu(product)).result])
+    return graph
+
+
+_add(ops.Fused, "linear-gelu", (f32(BATCH, 4), f32(3, 4)), body=_linear_gelu, kind="linear+gelu")
+_add(ops.Fused, "skip-norm", (f32(BATCH, 4), f32(BATCH, 4), f32(4)), body=_skip_norm, kind="add+layer_norm")
 _add(ops.Repeat, "stacked", (f32(BATCH, 4),), (f32(3, 4, 4),), (), body=_residual_block, n=3)
 _add(ops.Repeat, "two-carried", (f32(3), f32(3)), (), (f32(3),), body=_swap_and_add, n=5)
 _add(ops.Opaque, "one", (f32(BATCH, 5),), target="aten.erfinv.default", call='[{"operand": 0}]',

@@ -43,7 +43,7 @@ _BASIC = (
     ops.Relu, ops.Full, ops.Expand, ops.Slice, ops.Concat, ops.Linear, ops.Matmul, ops.Where, ops.LogicalNot,
     ops.Maximum, ops.Sum, ops.LayerNorm, ops.Softmax,
 )  # fmt: skip
-_LEFT_OUT = frozenset({"repeat", "opaque", "einsum"})
+_LEFT_OUT = frozenset({"fused", "repeat", "opaque", "einsum"})
 """Ops whose attributes or regions are a language of their own; examples of them are tested elsewhere."""
 
 

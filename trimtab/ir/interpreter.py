@@ -16,7 +16,7 @@ from trimtab.ir.dims import Dim, Symbol, as_symbol, evaluate
 from trimtab.ir.dtypes import DType
 from trimtab.ir.inference import reference_attributes, result_tuple
 from trimtab.ir.op import Op
-from trimtab.ir.ops.region import Repeat
+from trimtab.ir.ops.region import Fused, Repeat
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def interpret(
     """
     import torch
 
-    tensors = _as_tensors(module.main, inputs)
+    tensors = input_tensors(module.main, inputs)
     bindings = bind_symbols(module.main, tensors)
     run = _Run(module, bindings, precision, observer, grad, row_major, dict(weights or {}))
     if precision is not None:
@@ -90,6 +90,37 @@ def interpret(
 def evaluate_op(op: Op, operands: Sequence[Any], bindings: Mapping[str, int] | None = None) -> tuple[Any, ...]:
     """Evaluate one op without regions on torch tensors, as ``interpret`` does with ``row_major``; for folding."""
     return _call_reference(op, [_row_major(operand) for operand in operands], bindings or {}, DType.to_torch)
+
+
+def input_tensors(graph: Graph, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    """``inputs`` as torch tensors in the order of the graph's inputs; their types are not looked at.
+
+    Raises:
+        InputError: wrong number or names, or something that is not an array.
+    """
+    import torch
+
+    names = [value.name for value in graph.inputs]
+    if isinstance(inputs, Mapping):
+        if set(inputs) != set(names):
+            raise InputError("wrong input names", values={"missing": sorted(set(names) - set(inputs)),
+                             "unknown": sorted(set(inputs) - set(names)), "expected": names})  # fmt: skip
+        inputs = [inputs[name] for name in names]
+    if len(inputs) != len(names):
+        raise InputError("wrong number of inputs", values={"expected": names, "given": len(inputs)})
+
+    def convert(name: str, value: Any) -> Any:
+        try:
+            return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                "an input cannot be made a tensor",
+                values={"input": name, "given": type(value).__name__},
+                rule=str(error).splitlines()[0],
+                fix="give torch tensors or numpy arrays",
+            ) from error
+
+    return [convert(name, value) for name, value in zip(names, inputs, strict=True)]
 
 
 def bind_symbols(graph: Graph, tensors: Iterable[Any]) -> dict[str, int]:
@@ -137,32 +168,6 @@ def _check_range(symbol: Symbol, bindings: Mapping[str, int]) -> None:
                          "range": symbol.range_text}, fix="trace the model with a wider range")  # fmt: skip
 
 
-def _as_tensors(graph: Graph, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
-    import torch
-
-    names = [value.name for value in graph.inputs]
-    if isinstance(inputs, Mapping):
-        if set(inputs) != set(names):
-            raise InputError("wrong input names", values={"missing": sorted(set(names) - set(inputs)),
-                             "unknown": sorted(set(inputs) - set(names)), "expected": names})  # fmt: skip
-        inputs = [inputs[name] for name in names]
-    if len(inputs) != len(names):
-        raise InputError("wrong number of inputs", values={"expected": names, "given": len(inputs)})
-
-    def convert(name: str, value: Any) -> Any:
-        try:
-            return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                "an input cannot be made a tensor",
-                values={"input": name, "given": type(value).__name__},
-                rule=str(error).splitlines()[0],
-                fix="give torch tensors or numpy arrays",
-            ) from error
-
-    return [convert(name, value) for name, value in zip(names, inputs, strict=True)]
-
-
 def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
     live: dict[Value, Any] = dict(zip(graph.inputs, inputs, strict=True))
     pending = {value: len(value.uses) for op in graph.ops for value in op.results}
@@ -174,11 +179,7 @@ def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
         operands = [read(value) for value in op.operands]
         if run.row_major:
             operands = [_row_major(operand) for operand in operands]
-        results = (
-            _run_repeat(op, operands, run)
-            if isinstance(op, Repeat)
-            else _call_reference(op, operands, run.bindings, run.dtype)
-        )
+        results = _run_op(op, operands, run)
         if run.observer is not None:
             run.observer(op, results)
         live.update((value, result) for value, result in zip(op.results, results, strict=True) if value.uses)
@@ -189,6 +190,14 @@ def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
                     if not pending[value]:
                         del live[value]
     return [read(value) for value in graph.outputs]
+
+
+def _run_op(op: Op, operands: Sequence[Any], run: _Run) -> tuple[Any, ...]:
+    if isinstance(op, Repeat):
+        return _run_repeat(op, operands, run)
+    if isinstance(op, Fused):
+        return tuple(_run_graph(op.body, operands, run))
+    return _call_reference(op, operands, run.bindings, run.dtype)
 
 
 def _row_major(tensor: Any) -> Any:

@@ -1,18 +1,19 @@
 """Work and traffic of a module: multiply-accumulates, parameters, and bytes, per op and in all.
 
 Counts are dimensions: they hold for every value of the symbols and become numbers with ``bind``.  Bytes are those that
-an op by itself reads and writes, as if every value went through memory; fusion is what makes real traffic smaller.
+an op by itself reads and writes, as if every value went through memory; only what a ``fused`` op keeps inside does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trimtab.ir.analysis.statistics import executions
-from trimtab.ir.core import Module
+from trimtab.ir.core import Module, Value
 from trimtab.ir.dims import Dim, evaluate
 from trimtab.ir.op import Op
+from trimtab.ir.ops.region import Fused
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ModuleCost:
     """The costs of all ops of ``main``, regions included, in order of execution.
 
     Args:
-        ops: one row per op.  An op with a region moves no bytes itself: the ops of its region do.
+        ops: one row per op.  An op with a region moves no bytes itself: the ops of its region do.  With ``fused`` it is
+            the other way round: it reads its operands and the weights of its body, and writes its results.
         parameters: elements of the weights that the module reads, each weight counted once.
         weight_bytes: bytes of these weights in storage, each counted once.
     """
@@ -85,18 +87,19 @@ def module_cost(module: Module) -> ModuleCost:
     """The cost of one evaluation of ``module.main``. The module should verify."""
     rows = []
     used: dict[str, None] = {}
+    kernels = {inner for op in module.main.walk() if isinstance(op, Fused) for inner in op.body.ops}
     for op, times in executions(module.main):
         weights = {value.weight: value.type for value in op.operands if value.is_weight}
         used.update(dict.fromkeys(weights))
-        has_region = bool(op.regions)
+        borders = _memory_borders(op) if op not in kernels else ((), ())
         rows.append(
             OpCost(
                 op,
                 times,
                 macs=op.macs() * times,
                 parameters=sum(int(type.elements) for type in weights.values() if isinstance(type.elements, int)),
-                bytes_read=0 if has_region else _total([v.type.bytes for v in op.operands]) * times,
-                bytes_written=0 if has_region else _total([v.type.bytes for v in op.results]) * times,
+                bytes_read=_total([value.type.bytes for value in borders[0]]) * times,
+                bytes_written=_total([value.type.bytes for value in borders[1]]) * times,
             )
         )
     used.update(dict.fromkeys(value.weight for value in module.main.outputs if value.is_weight))
@@ -107,6 +110,13 @@ def module_cost(module: Module) -> ModuleCost:
         parameters=sum(count for count in elements if isinstance(count, int)),
         weight_bytes=sum(weight.nbytes for weight in table),
     )
+
+
+def _memory_borders(op: Op) -> tuple[Sequence[Value], Sequence[Value]]:
+    """What ``op`` reads from memory and writes to it."""
+    if isinstance(op, Fused):
+        return (*op.operands, *op.body.weights), op.results
+    return ((), ()) if op.regions else (op.operands, op.results)
 
 
 def _total(dims: list[Dim]) -> Dim:

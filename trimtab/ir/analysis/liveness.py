@@ -14,6 +14,7 @@ from functools import cached_property
 from trimtab.ir.core import Graph, Value
 from trimtab.ir.dims import evaluate
 from trimtab.ir.op import Op
+from trimtab.ir.ops.region import Fused
 from trimtab.ir.ops.shape import Reshape
 
 
@@ -64,7 +65,7 @@ class Liveness:
         """Bytes alive while each op runs, with the symbols at ``bindings``.
 
         While an op with a region runs, the region's own peak counts too, but not the region's inputs and outputs: these
-        stand for the operands and results of the op.
+        stand for the operands and results of the op.  What a ``fused`` op computes on the way is never in memory.
 
         Raises:
             UsageError: a symbol has no value.
@@ -99,7 +100,7 @@ class Liveness:
 
     @cached_property
     def _regions(self) -> dict[Op, tuple[Liveness, ...]]:
-        return {op: tuple(map(Liveness, op.regions)) for op in self.ops if op.regions}
+        return {op: tuple(map(Liveness, op.regions)) for op in self.ops if op.regions and not isinstance(op, Fused)}
 
     def _extend(self, spans: dict[Value, list[int]], value: Value, position: int) -> None:
         if not value.is_weight and (storage := self.storage(value)) in spans:

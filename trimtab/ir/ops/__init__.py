@@ -60,7 +60,7 @@ from trimtab.ir.ops.reduction import (
     Sum,
     Topk,
 )
-from trimtab.ir.ops.region import Repeat
+from trimtab.ir.ops.region import Fused, Repeat
 from trimtab.ir.ops.shape import (
     Concat,
     Expand,
@@ -173,6 +173,7 @@ __all__ = [
     "Floor",
     "Fmod",
     "Full",
+    "Fused",
     "Gather",
     "Ge",
     "Gelu",

@@ -1,4 +1,4 @@
-"""The region op: a body run several times."""
+"""The ops with regions: a body run several times, and a body that is one kernel."""
 
 from __future__ import annotations
 
@@ -57,3 +57,37 @@ class Repeat(Op):
             fail(
                 "the body returns the next carried values", outputs=list(self.body.outputs), carried=list(self.carried)
             )
+
+
+class Fused(Op):
+    """Compute ``body`` on ``inputs`` in one kernel: what a backend makes of it, in the model's own ops.
+
+    What the body computes and does not return never reaches memory.  Weights and constants are read by the body
+    itself; every other value comes in through ``inputs``.  ``kind`` names the ops for people and profiles, as in
+    ``linear+gelu``.  :mod:`trimtab.ir.fused` makes such ops and inlines them again.
+    """
+
+    inputs: tuple[Value, ...]
+    body: Graph
+    kind: str
+
+    @staticmethod
+    def reference(*operands: Any, **attributes: Any) -> Any:
+        raise InternalError("fused is evaluated by the interpreter, which runs its body")
+
+    def infer(self) -> tuple[TensorType, ...]:
+        return tuple(value.type for value in self.body.outputs)
+
+    def verify(self) -> None:
+        def fail(rule: str, **values: Any) -> None:
+            raise VerificationError("fused is malformed", values=values, rule=rule, location=self.location)
+
+        given, expected = [v.type for v in self.body.inputs], [v.type for v in self.inputs]
+        if given != expected:
+            fail("the body's inputs are the operands", body=list(map(str, given)), expected=list(map(str, expected)))
+        outputs = self.body.outputs
+        if not outputs or len(set(outputs)) < len(outputs) or any(value.producer is None for value in outputs):
+            fail("the body returns values that it computes, each once", outputs=list(outputs))
+        nested = [op.name for op in self.body.ops if op.regions]
+        if nested:
+            fail("a kernel has no regions inside", ops=nested)
