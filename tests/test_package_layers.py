@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "trimtab"
-LEAVES = frozenset({"errors", "tensor_file", "atomic_file"})
+LEAVES = frozenset({"errors", "tensor_file", "atomic_file", "user_file"})
 """Modules that every room may import and that import no room."""
 
 
@@ -33,6 +33,7 @@ ROOMS = {
     "ir": _room("", "networkx numpy torch"),
     "frontend": _room("ir", "networkx numpy onnx onnx_ir torch"),
     "passes": _room("ir", "networkx numpy torch"),
+    "debug": _room("ir passes", "numpy torch"),
     "backends": _room("ir", "numpy torch"),
     "backends/torch": _room("ir backends", "numpy torch"),
     "backends/onnx": _room("ir backends", "numpy onnx onnx_ir torch"),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import linecache
-import os
-import sys
-import traceback
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.errors import ImportModelError, Location, MissingDependencyError, TrimtabError, UsageError
+from trimtab.errors import ImportModelError, MissingDependencyError, UsageError
+from trimtab.user_file import call_function, load_function, nearby, one_line
 
 if TYPE_CHECKING:
     from trimtab.ir import Module
@@ -41,7 +38,7 @@ def load_model(spec: str) -> Module:
         raise UsageError("cannot tell what kind of model this is", values={"model": spec},
                          rule=f"MODEL is {_FORMS}", fix=_advice(path))  # fmt: skip
     if not path.is_file():
-        raise UsageError("there is no such model file", values={"model": spec}, fix=_nearby(path))
+        raise UsageError("there is no such model file", values={"model": spec}, fix=nearby(path))
     require_torch()
     return loader(path)
 
@@ -70,15 +67,6 @@ def _advice(path: Path) -> str:
     if suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"):
         return "such a file holds weights without the model: write a function that builds the module and loads them"
     return "write a function that returns the module and example arguments"
-
-
-def _nearby(path: Path) -> str:
-    if path.suffix.lower() == ".ttir" and path.is_dir():
-        return "give the file, not its directory"
-    if not path.parent.is_dir():
-        return f"the directory {path.parent} does not exist either"
-    same = sorted(other.name for other in path.parent.iterdir() if other.suffix == path.suffix)[:5]
-    return f"there are: {', '.join(same)}" if same else f"there is no {path.suffix} file in {path.parent.absolute()}"
 
 
 def _from_onnx(path: Path) -> Module:
@@ -116,7 +104,7 @@ def _from_exported_program(path: Path) -> Module:
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise ImportModelError(
             "torch cannot load the exported program",
-            values={"file": path, "torch": torch.__version__, "error": _one_line(error)},
+            values={"file": path, "torch": torch.__version__, "error": one_line(error)},
             rule="a program is loaded by the version of torch that saved it, or a newer one",
             fix="export it again with this version of torch, or give file.py:function",
         ) from error
@@ -134,58 +122,8 @@ _LOADERS: Mapping[str, Callable[[Path], Any]] = {
 def _from_function(path: Path, name: str) -> Module:
     import trimtab
 
-    returned = _call_function(path, name)
+    returned = call_function(load_function(path, name), path, name)
     return trimtab.trace(*_trace_arguments(path, name, returned))
-
-
-def _call_function(path: Path, name: str) -> Any:
-    if not path.is_file():
-        raise UsageError("there is no such model file", values={"file": path}, fix=_nearby(path))
-    if not name.isidentifier():
-        raise UsageError("a function name is missing", values={"given": f"{path}:{name}"}, fix=f"{path}:build")
-    module = _run_file(path)
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = module.__name__
-        defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == own]
-        raise UsageError(
-            "the file has no such function",
-            values={"file": path, "function": name},
-            fix=f"it defines {', '.join(defined)}" if defined else f"define it: def {name}(): return module, args",
-        )
-    try:
-        return function()
-    except TrimtabError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise _user_error("the model function failed", path, error, function=name) from error
-
-
-def _run_file(path: Path) -> Any:
-    """The user's file as a module, with its own directory first on the path, as when Python runs it."""
-    name = f"trimtab_user_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError("Python cannot load the file", values={"file": path})
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look modules up by name
-    directory = os.fspath(path.absolute().parent)
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ImportModelError(
-            "the model file is not valid Python",
-            values={"error": error.msg},
-            where=(error.text or "").strip(),
-            location=Location(error.filename or os.fspath(path), error.lineno or 0),
-        ) from error
-    except TrimtabError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise _user_error("the model file failed", path, error) from error
-    return module
 
 
 def _trace_arguments(path: Path, name: str, returned: Any) -> tuple[Any, ...]:
@@ -220,26 +158,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_kind, value))})"
     return type(value).__name__
-
-
-def _user_error(what: str, path: Path, error: BaseException, **values: Any) -> ImportModelError:
-    """The user's own exception, with the innermost line of their file that it passed through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).absolute() == path.absolute()]
-    location, source = None, ""
-    if frames:
-        last = frames[-1]
-        location = Location(os.fspath(path), last.lineno or 0, "" if last.name == "<module>" else last.name)
-        source = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
-    return ImportModelError(
-        what,
-        values={**values, "error": _one_line(error)},
-        fix="see the whole traceback with --debug",
-        where=source,
-        location=location,
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
