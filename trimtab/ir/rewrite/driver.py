@@ -17,6 +17,7 @@ from trimtab.ir.printer import describe_op, print_op
 from trimtab.ir.rewrite.log import NearMiss, Rewrites
 from trimtab.ir.rewrite.match import Match
 from trimtab.ir.rewrite.matcher import Failure
+from trimtab.ir.rewrite.placement import insertion_point
 from trimtab.ir.rewrite.rule import CompiledRule, Rule, compile_rule
 
 APPLICATIONS_PER_OP = 8
@@ -94,9 +95,11 @@ class _Worklist:
 
     def _apply(self, compiled: CompiledRule, match: Match) -> None:
         rule = compiled.rule
-        first = _insertion_point(match)
+        place = insertion_point(match.outputs, match.ops, match.leaves)
+        if place is None:
+            raise InternalError("a match that cannot be placed was accepted", values={"rule": rule.name})
         location = next((op.location for op in match.ops if op.location is not None), None)
-        build = _TrackingBuilder(self._module, self._graph, first, rule.name)
+        build = _TrackingBuilder(self._module, self._graph, place, rule.name)
         build.location = location
         built = rule.rewrite(match, build)
         values = built if isinstance(built, tuple) else (built,)
@@ -150,7 +153,7 @@ class _Worklist:
         return PassError(
             f"the rule {name} loops",
             values={"applications": self._counts[name], "ops": len(self._graph.ops), "rules": ", ".join(involved)},
-            rule="rules are applied until none matches, so that no rule may build what it, or another one, matches again",
+            rule="rules apply until none matches, so no rule may build what it, or another one, matches again",
             fix="make the pattern or the check of one of these rules refuse what the rules build",
             where=f"op {describe_op(op)}",
             location=op.location,
@@ -169,29 +172,3 @@ class _TrackingBuilder(Builder):
         op.made_by = self._rule
         self.made.append(op)
         return super().add(op, name)
-
-
-def _insertion_point(match: Match) -> Op:
-    """The first op that reads or computes an output, or, where the leaves come later, the op after the last of them.
-
-    All leaves are computed before this op, and all readers of the outputs come after it.
-    """
-    producers = [value.producer for value in match.outputs if value.producer is not None]
-    first = producers[0]
-    for op in producers[1:]:
-        first = op if op.is_before(first) else first
-    if len(producers) == 1:
-        return first
-    last = first
-    for leaf in match.leaves:
-        if leaf.producer is not None and last.is_before(leaf.producer):
-            last = leaf.producer
-    if last is first:
-        return first
-    for value in match.outputs:
-        for reader in value.users:
-            if reader not in match.ops and not last.is_before(reader):
-                raise InternalError("a match cannot be ordered", values={"reader": print_op(reader)})
-    following = last._next
-    assert following is not None  # the outputs are read, or a graph returns them and the last op is no leaf
-    return following

@@ -34,6 +34,7 @@ from trimtab.ir.rewrite.patterns import (
     TimesConstant,
     Variable,
 )
+from trimtab.ir.rewrite.placement import insertion_point
 
 MAX_FACTORS = 6
 MAX_CANDIDATES = 64
@@ -97,10 +98,11 @@ class Matcher:
     def _complete(self, graph: Graph, root: Value) -> Match | None:
         """The match in its present state, when it is private and its condition holds."""
         outputs = tuple(self._nodes[id(pattern)] for pattern in self._outputs)
+        ops, leaves = tuple(dict.fromkeys(self._ops)), tuple(dict.fromkeys(self._leaves))
         reason = self._intruder(outputs) if self._private else None
-        match = Match(
-            self._module, graph, outputs, tuple(dict.fromkeys(self._ops)), tuple(self._leaves), dict(self._bound)
-        )
+        if reason is None and len(outputs) > 1 and insertion_point(outputs, ops, leaves) is None:
+            reason = "no place in the graph has all inputs of the match before it and all readers after it"
+        match = Match(self._module, graph, outputs, ops, leaves, dict(self._bound))
         reason = reason or self._check(match)
         if reason is None:
             return match
