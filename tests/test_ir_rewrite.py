@@ -263,6 +263,9 @@ def test_optional_operands() -> None:
 
     assert rule(with_maybe).explain(linear("")).matches
     assert rule(with_maybe).explain(linear(", @b")).matches
+    absent = rule(with_maybe, check=lambda m: None if m.b is None else "there is a bias")
+    assert absent.explain(linear("")).matches
+    assert absent.explain(linear(", @b")).reason == "there is a bias"
     assert rule(without).explain(linear("")).matches
     assert rule(without).explain(linear(", @b")).reason == "linear has an operand bias"
 

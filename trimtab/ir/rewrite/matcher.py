@@ -65,6 +65,7 @@ class Matcher:
 
     Args:
         outputs: the patterns of the outputs, the root first.
+        names: what a match has a name for; None stands for what a pattern leaves out.
         module: where constants are looked up.
         tolerance: relative tolerance of constants.
         private: whether inner values may be read inside the match only.
@@ -72,9 +73,16 @@ class Matcher:
     """
 
     def __init__(
-        self, outputs: Sequence[Pattern], module: Module, tolerance: float, private: bool, check: Check
+        self,
+        outputs: Sequence[Pattern],
+        names: Sequence[str],
+        module: Module,
+        tolerance: float,
+        private: bool,
+        check: Check,
     ) -> None:
         self._outputs = outputs
+        self._names = names
         self._module = module
         self._tolerance = tolerance
         self._private = private
@@ -102,7 +110,7 @@ class Matcher:
         reason = self._intruder(outputs) if self._private else None
         if reason is None and len(outputs) > 1 and insertion_point(outputs, ops, leaves) is None:
             reason = "no place in the graph has all inputs of the match before it and all readers after it"
-        match = Match(self._module, graph, outputs, ops, leaves, dict(self._bound))
+        match = Match(self._module, graph, outputs, ops, leaves, {**dict.fromkeys(self._names), **self._bound})
         reason = reason or self._check(match)
         if reason is None:
             return match

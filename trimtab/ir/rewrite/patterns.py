@@ -12,7 +12,7 @@ An object that is used twice matches one value.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
 from trimtab.errors import UsageError
@@ -421,3 +421,15 @@ def count_ops(pattern: Pattern, seen: set[int] | None = None) -> int:
     if isinstance(pattern, OneOf):
         return max(count_ops(alternative, seen) for alternative in pattern.alternatives)
     return pattern.own_ops + sum(count_ops(child, seen) for child in pattern.children())
+
+
+def bound_names(patterns: Iterable[Pattern], seen: set[int] | None = None) -> tuple[str, ...]:
+    """The names that :meth:`Pattern.bind` gave inside ``patterns``."""
+    seen = set() if seen is None else seen
+    names: list[str] = []
+    for pattern in patterns:
+        if id(pattern) not in seen:
+            seen.add(id(pattern))
+            names += [pattern.bound_name] if pattern.bound_name else []
+            names += bound_names(pattern.children(), seen)
+    return tuple(names)

@@ -13,7 +13,7 @@ from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.op import Op
 from trimtab.ir.rewrite.match import Match
 from trimtab.ir.rewrite.matcher import Failure, Matcher
-from trimtab.ir.rewrite.patterns import KINDS, Pattern, count_ops
+from trimtab.ir.rewrite.patterns import KINDS, Pattern, bound_names, count_ops
 
 if TYPE_CHECKING:
     from trimtab.ir.builder import Builder
@@ -89,17 +89,20 @@ class CompiledRule:
         outputs: the patterns of its outputs, the root first.
         roots: classes of op that the root may be; None for any.
         size: ops of a complete match.
+        names: what a match has a name for.
     """
 
     rule: Rule
     outputs: tuple[Pattern, ...]
     roots: frozenset[type[Op]] | None
     size: int
+    names: tuple[str, ...]
 
     def match(self, module: Module, graph: Graph, root: Value) -> Match | Failure:
         """Look for the rule at ``root``, a value of ``graph``."""
         rule = self.rule
-        return Matcher(self.outputs, module, rule.tolerance, rule.private, rule.check).at(root, graph)
+        matcher = Matcher(self.outputs, self.names, module, rule.tolerance, rule.private, rule.check)
+        return matcher.at(root, graph)
 
 
 def compile_rule(rule: Rule) -> CompiledRule:
@@ -124,4 +127,5 @@ def compile_rule(rule: Rule) -> CompiledRule:
     built = rule.pattern(**arguments)
     outputs = built if isinstance(built, tuple) else (built,)
     seen: set[int] = set()
-    return CompiledRule(rule, outputs, outputs[0].roots(), sum(count_ops(pattern, seen) for pattern in outputs))
+    size = sum(count_ops(pattern, seen) for pattern in outputs)
+    return CompiledRule(rule, outputs, outputs[0].roots(), size, (*arguments, *bound_names(outputs)))

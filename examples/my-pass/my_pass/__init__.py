@@ -1,0 +1,1 @@
+"""Passes for Trimtab. Nothing is imported here: Trimtab imports a pass when a pipeline names it."""
