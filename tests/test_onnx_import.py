@@ -157,7 +157,15 @@ def test_all_unsupported_operators_are_reported_at_once():
 
 def test_old_definitions_are_refused_with_the_way_out():
     with pytest.raises(UnsupportedOpError, match="version_converter"):
-        from_onnx(model([node("Softmax", ["x"], ["y"])], [info("x", [2, 3])], ["y"], opset=11))
+        from_onnx(model([node("Hardmax", ["x"], ["y"])], [info("x", [2, 3])], ["y"], opset=11))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_softmax_of_old_opsets_takes_its_input_for_a_matrix(axis):
+    x = normal(2, 3, 4)
+    proto = model([node("Softmax", ["x"], ["y"], axis=axis)], [info("x", ["batch", 3, 4])], ["y"], opset=11)
+    rows = torch.tensor(x).flatten(axis) if axis else torch.tensor(x).flatten()
+    torch.testing.assert_close(run(proto, x)[0], rows.softmax(-1).reshape(2, 3, 4))
 
 
 def test_attributes_that_no_handler_knows_are_not_ignored():

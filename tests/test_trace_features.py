@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import ImportModelError, UnsupportedOpError, UsageError
-from trimtab.frontend.torch_export import trace
+from trimtab.frontend.torch_export import import_program, trace
 from trimtab.ir import Module, interpret
 
 
@@ -249,6 +249,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     ),
     "integer sums": (lambda a: a.sum(0) + (a > 1).sum(1).sum(), torch.randint(0, 4, (3, 5), dtype=torch.int32)),
     "variance": (lambda a: a.var(-1) + a.std(-1, unbiased=False) + torch.logsumexp(a, -1), torch.randn(3, 5)),
+    "variance with mean": (lambda a: torch.add(*torch.var_mean(a, (0, 2), correction=0)), torch.randn(3, 5, 2)),
     "any and all": (lambda a: (a > 0).any(1) ^ (a > -1).all(1), torch.randn(3, 5)),
     "max with index": (
         lambda a: a.max(1).values + a.min(1).indices + a.argmax() + a.argmin(0, keepdim=True).sum(),
@@ -312,3 +313,17 @@ def test_operators_agree_with_eager(name: str) -> None:
     module = trace(Case().eval(), (x,))
     assert "opaque" not in op_names(module)
     torch.testing.assert_close(interpret(module, [x])[0], function(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_decomposed_program_is_imported() -> None:
+    """Pooling to one element decomposes into a mean and a view with strides of its own."""
+
+    class Pool(nn.Module):
+        def forward(self, a: Tensor) -> Tensor:
+            return F.adaptive_avg_pool1d(a.transpose(1, 2), 1).flatten(1)
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Pool(), (torch.randn(2, 5, 4),), dynamic_shapes={"a": {0: batch}}, strict=False)
+    module = import_program(program.run_decompositions())
+    x = torch.randn(3, 5, 4)
+    torch.testing.assert_close(interpret(module, [x])[0], x.mean(1))

@@ -29,7 +29,7 @@ def from_onnx(
     constants: Mapping[str, Any] | None = None,
     raise_patterns: bool = True,
 ) -> Module:
-    """Import an ONNX model, opset 13 or newer.
+    """Import an ONNX model, opset 11 or newer.
 
     Args:
         model: a path, or a loaded model. Weights stay in the file until they are read: external data is

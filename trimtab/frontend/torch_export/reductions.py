@@ -83,13 +83,25 @@ def vector_norm(call: Call, x: Value, ord: float, dim: Any, keepdim: bool, dtype
 
 @converts("aten.var.correction", "aten.std.correction")
 def variance(call: Call, x: Value, dim: Any, correction: Any, keepdim: bool) -> Value:
-    dims = call.axes(dim, x)
-    count = product(x.type.shape[axis] for axis in dims)
-    spread = call(ops.Sub(x, call(ops.Mean(x, dims=dims, keepdim=True))))
-    total = call(ops.Sum(call(ops.Mul(spread, spread)), dims=dims, keepdim=keepdim))
-    divisor = call.operand(count - (1 if correction is None else correction), x.type.dtype)
-    result = call(ops.Div(total, divisor))
+    result = _variance(call, x, call.axes(dim, x), correction, keepdim)
     return call(ops.Sqrt(result)) if "std" in str(call.node.target) else result
+
+
+@converts("aten.var_mean.correction")
+def variance_and_mean(call: Call, x: Value, dim: Any, correction: Any, keepdim: bool) -> tuple[Value, Value]:
+    dims = call.axes(dim, x)
+    return _variance(call, x, dims, correction, keepdim), call(ops.Mean(x, dims=dims, keepdim=keepdim))
+
+
+def _variance(call: Call, x: Value, dims: tuple[int, ...], correction: Any, keepdim: bool) -> Value:
+    """The mean square of the deviations from the mean; ``correction`` (None: 1) is subtracted from their number."""
+    spread = call(ops.Sub(x, call(ops.Mean(x, dims=dims, keepdim=True))))
+    squares = call(ops.Mul(spread, spread))
+    if correction == 0:
+        return call(ops.Mean(squares, dims=dims, keepdim=keepdim))
+    count = product(x.type.shape[axis] for axis in dims)
+    divisor = call.operand(count - (1 if correction is None else correction), x.type.dtype)
+    return call(ops.Div(call(ops.Sum(squares, dims=dims, keepdim=keepdim)), divisor))
 
 
 @converts("aten.topk.default")

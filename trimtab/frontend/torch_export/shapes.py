@@ -9,7 +9,7 @@ from trimtab.frontend.torch_export.call import Call
 from trimtab.frontend.torch_export.registry import Refusal, converts
 from trimtab.ir import ops
 from trimtab.ir.core import Value
-from trimtab.ir.dims import Dim, bounds, dim_max, dim_min
+from trimtab.ir.dims import Dim, bounds, dim_max, dim_min, product
 
 
 def reshape_to(call: Call, x: Value, shape: tuple[Dim, ...]) -> Value:
@@ -33,6 +33,17 @@ def reshape_to(call: Call, x: Value, shape: tuple[Dim, ...]) -> Value:
     "aten.ravel.default",
 )
 def reshape(call: Call, x: Value, **_: Any) -> Value:
+    return reshape_to(call, x, call.shape)
+
+
+@converts("aten.as_strided.default")
+def as_strided(call: Call, x: Value, **_: Any) -> Value:
+    """A view of the whole memory of ``x`` in row-major order, which torch's decomposition of adaptive pooling makes."""
+    source = call.node.all_input_nodes[0].meta["val"]
+    if not (source.is_contiguous() and call.meta.is_contiguous() and call.shape and call.meta.storage_offset() == 0):
+        raise Refusal("a view with strides of its own: the IR has no memory layouts")
+    if product(call.shape) != x.type.elements:
+        raise Refusal("a view of a part of a tensor's memory")
     return reshape_to(call, x, call.shape)
 
 

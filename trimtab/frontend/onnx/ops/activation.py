@@ -7,6 +7,7 @@ from trimtab.frontend.onnx.ops.unsigned import WIDENED
 from trimtab.frontend.onnx.registry import onnx_op
 from trimtab.ir import ops
 from trimtab.ir.core import Value
+from trimtab.ir.dims import product
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
 
@@ -92,6 +93,19 @@ def softmax(node: Node) -> Value:
     x = node.input(0)
     make = ops.Softmax if node.op == "Softmax" else ops.LogSoftmax
     return node.emit(make(x, dim=node.axis_in(node.int_attr("axis", -1), x.type.rank)))
+
+
+@onnx_op("Softmax", "LogSoftmax", since=1)
+def softmax_of_matrix(node: Node) -> Value:
+    """Up to opset 12 the input is taken for a matrix: axes from ``axis`` on are its columns."""
+    x = node.input(0)
+    rank, make = x.type.rank, ops.Softmax if node.op == "Softmax" else ops.LogSoftmax
+    axis = node.axis_in(node.int_attr("axis", 1), rank)
+    if axis == rank - 1:
+        return node.emit(make(x, dim=axis))
+    shape = x.type.shape
+    flat = node.reshape(x, (*shape[:axis], product(shape[axis:])))
+    return node.reshape(node.emit(make(flat, dim=axis)), shape)
 
 
 @onnx_op("Hardmax", since=13)
