@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,10 @@ def measure(name: str, args: argparse.Namespace, gflops: float) -> list[dict[str
             "trimtab": lambda: session(*arrays.values()),
         }
         expected = first_output(contenders["eager"]())
-        times: dict[str, list[float]] = {label: [] for label in contenders}
         differences = {}
         for label, call in contenders.items():
             differences[label] = float((first_output(call()) - expected).abs().max() / expected.abs().max())
-        for _ in range(-(-runs // BLOCK)):
-            for label, call in contenders.items():
-                time.sleep(SETTLE_SECONDS)
-                call()
-                for _ in range(BLOCK):
-                    start = time.perf_counter()
-                    call()
-                    times[label].append((time.perf_counter() - start) * 1e3)
+        times = take_turns(contenders, runs)
         session.close()
     macs = sum(int(evaluate(op.macs(), {})) for op in module.walk())
     rows = [
@@ -123,6 +115,20 @@ def measure(name: str, args: argparse.Namespace, gflops: float) -> list[dict[str
         f"{name:10s} {'floor':14s} {floor:10.2f} {'':9s} {floor / statistics.median(times['eager']):9.2f}", flush=True
     )
     return [*rows, {"model": name, "contender": "floor", "median_ms": floor}]
+
+
+def take_turns(contenders: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
+    """Milliseconds of at least ``runs`` calls of each contender, in blocks that alternate."""
+    times: dict[str, list[float]] = {label: [] for label in contenders}
+    for _ in range(-(-runs // BLOCK)):
+        for label, call in contenders.items():
+            time.sleep(SETTLE_SECONDS)
+            call()
+            for _ in range(BLOCK):
+                start = time.perf_counter()
+                call()
+                times[label].append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def onnx_runtime(model: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path, threads: int) -> Any:
