@@ -179,6 +179,8 @@ for _cls in (ops.Neg, ops.Abs, ops.Sign, ops.Relu, ops.LogicalNot):
     _add(_cls, "i32", i32(BATCH, 3))
 _add(ops.Exp, "f16", f16(3, 5))
 _add(ops.Gelu, "tanh", f32(3, 1, 13), approximate="tanh")
+_add(ops.Gelu, "sigmoid", f32(BATCH, SEQ, 5), approximate="sigmoid")
+_add(ops.Gelu, "sigmoid-special", f32(4, 8), approximate="sigmoid", special=True)
 _add(ops.Gelu, "bf16", bf16(2, 9))
 _add(ops.LeakyRelu, "steep", f32(2, 9), negative_slope=0.3)
 _add(ops.Elu, "selu", f32(2, 9), alpha=1.6732632423543772, scale=1.0507009873554805)
@@ -310,6 +312,15 @@ _add(ops.Attention, "symbolic-causal", f32(BATCH, 4, SEQ, 8), f32(BATCH, 2, SEQ,
      scale=0.35, causal=True)  # fmt: skip
 _add(ops.Attention, "symbolic-mask", f32(BATCH, 4, SEQ, 8), f32(BATCH, 4, SEQ, 8), f32(BATCH, 4, SEQ, 8),
      b1(BATCH, 1, SEQ, SEQ), scale=0.35, draw={"mask": _mask_with_dead_rows})  # fmt: skip
+_ANGLES = f32(7, 16)
+_add(ops.RotaryEmbedding, "heads", f32(2, 3, 7, 16), _ANGLES, _ANGLES)
+_add(ops.RotaryEmbedding, "interleaved", f32(2, 3, 7, 16), _ANGLES, _ANGLES, interleaved=True)
+_add(ops.RotaryEmbedding, "partial", f32(2, 3, 7, 22), f32(2, 1, 7, 6), f32(7, 6))
+_add(ops.RotaryEmbedding, "partial-interleaved", f32(7, 13), f32(1, 6), f32(7, 6), interleaved=True)
+_add(ops.RotaryEmbedding, "one-row", f32(32), f32(32), f32(32))
+_add(ops.RotaryEmbedding, "heads-last", f32(2, 7, 3, 10), f32(7, 1, 10), f32(2, 7, 1, 10))
+_add(ops.RotaryEmbedding, "symbolic", f32(BATCH, 3, SEQ, 34), f32(1, 1, SEQ, 34), f32(BATCH, 1, SEQ, 34))
+_add(ops.RotaryEmbedding, "bf16", bf16(BATCH, SEQ, 8), bf16(SEQ, 8), bf16(SEQ, 8))
 
 # -- normalisation ------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from trimtab.ir.ops import (
     Permute,
     Reshape,
     RmsNorm,
+    RotaryEmbedding,
     Sign,
     Slice,
     Softmax,
@@ -114,6 +115,47 @@ def test_attention_is_its_formula(example: OpExample) -> None:
         weights = torch.softmax(scores, -1).nan_to_num(0.0)  # a row that may attend to nothing
         (result,) = interpret(build_module(example), random_inputs(example, bindings, seed=3))
         torch.testing.assert_close(result.double(), weights @ v, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", EXAMPLES[RotaryEmbedding], ids=str)
+def test_rotary_embedding_turns_complex_numbers(example: OpExample) -> None:
+    for bindings in example.bindings:
+        x, table, *_ = random_inputs(example, bindings, seed=3)
+        half = table.shape[-1] // 2
+        angles = torch.randn(*x.shape[:-1], half, generator=torch.Generator().manual_seed(0))
+        interleaved = bool(example.attributes.get("interleaved"))
+        first = slice(0, 2 * half, 2) if interleaved else slice(half)
+        second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+        expected = x.double().clone()
+        turned = torch.complex(expected[..., first], expected[..., second]) * torch.exp(1j * angles.double())
+        expected[..., first], expected[..., second] = turned.real, turned.imag
+        spread = angles.repeat_interleave(2, -1) if interleaved else angles.repeat(*[1] * (angles.dim() - 1), 2)
+        cos, sin = spread.cos().to(x.dtype), spread.sin().to(x.dtype)
+        result = RotaryEmbedding.reference(x, cos, sin, interleaved=interleaved)
+        close = 1e-1 if x.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(result.double(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("x", "cos", "sin", "rule"),
+    [
+        ((4, 8), (4, 10), (4, 10), "at most that of the last axis of x"),
+        ((4, 8), (4, 3), (4, 3), "known, even size"),
+        ((4, 8), (4, 8), (4, 4), "one last axis"),
+        ((4, 8), (3, 4, 8), (4, 8), "broadcast to the leading axes of x"),
+        ((4, 8), (5, 8), (4, 8), "broadcast to the leading axes of x"),
+    ],
+)
+def test_rotary_embedding_refuses_tables_that_do_not_fit(x, cos, sin, rule) -> None:
+    values = [Value(TensorType(DType.F32, shape)) for shape in (x, cos, sin)]
+    with pytest.raises(VerificationError, match=rule):
+        RotaryEmbedding(*values)
+
+
+def test_rotary_embedding_refuses_tables_of_another_dtype() -> None:
+    half, table = Value(TensorType(DType.F16, (4, 8))), Value(TensorType(DType.F32, (4, 8)))
+    with pytest.raises(VerificationError, match="one floating dtype"):
+        RotaryEmbedding(half, table, table)
 
 
 def test_negative_indices_count_from_the_end() -> None:

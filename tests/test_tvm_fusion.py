@@ -10,7 +10,7 @@ import torch
 
 import trimtab
 from trimtab.ir import Builder, DType, Module, TensorType, symbol
-from trimtab.ir.ops import Add, Attention, Conv1d, Matmul, Permute, Reshape, Slice
+from trimtab.ir.ops import Add, Attention, Conv1d, Matmul, Permute, Reshape, RotaryEmbedding, Slice
 
 pytest.importorskip("tvm", reason="the TVM backend is not installed")
 
@@ -62,3 +62,14 @@ def test_rows_that_merge_a_fixed_axis_with_the_batch(tmp_path: Path) -> None:
     b.output(b(Matmul(turned, b.weight("w", torch.randn(24, 32)))))
     for batch in (1, 5):
         check(b.module, tmp_path, (batch, 16, 24))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_embedding_reads_and_writes_through_permutations(tmp_path: Path, interleaved: bool) -> None:
+    b = Builder()
+    x = b.input("x", TensorType(DType.F32, (BATCH, 6, 4, 40)))
+    table = b.input("table", TensorType(DType.F32, (6, 36)))
+    heads = b(Permute(x, dims=(0, 2, 1, 3)))
+    turned = b(RotaryEmbedding(heads, table, table, interleaved=interleaved))
+    b.output(b(Permute(turned, dims=(0, 2, 3, 1))))
+    check(b.module, tmp_path, (3, 6, 4, 40), (6, 36))

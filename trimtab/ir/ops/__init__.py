@@ -1,6 +1,6 @@
 """The op set: one class an op, one file a family. Importing this package declares every op."""
 
-from trimtab.ir.ops.attention import Attention
+from trimtab.ir.ops.attention import Attention, RotaryEmbedding
 from trimtab.ir.ops.binary import (
     Add,
     Atan2,
@@ -220,6 +220,7 @@ __all__ = [
     "Resize2d",
     "RmsNorm",
     "Roll",
+    "RotaryEmbedding",
     "Round",
     "Rsqrt",
     "Scatter",

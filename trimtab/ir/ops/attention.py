@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, kept whole."""
+"""Scaled dot-product attention and rotary position embedding, kept whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from trimtab.errors import VerificationError
 from trimtab.ir.core import Value
-from trimtab.ir.dims import Dim, mod
+from trimtab.ir.dims import Dim, bounds, mod
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
+from trimtab.ir.types import TensorType
 
 
 class Attention(Op):
@@ -67,3 +68,54 @@ class Attention(Op):
                 rule=problem,
                 location=self.location,
             )
+
+
+class RotaryEmbedding(Op):
+    """Rotary position embedding (Su et al., arXiv 2104.09864): pairs of channels turned by an angle each.
+
+    x ``[..., N, D]``, ``cos`` and ``sin`` broadcast to ``[..., N, R]`` where R, even and at most D, is their last axis.
+    The first R channels become ``x * cos + rotate(x) * sin``, where ``rotate`` turns a pair (a, b) into (-b, a); the
+    others stay as they are (partial rotary).  The pairs are channels i and i + R/2, or, ``interleaved``, 2i and 2i + 1.
+    """
+
+    x: Value
+    cos: Value
+    sin: Value
+    interleaved: bool = False
+
+    @staticmethod
+    def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+        width = cos.shape[-1]
+        turned, rest = x[..., :width], x[..., width:]
+        if interleaved:
+            rotated = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        else:
+            rotated = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
+        return torch.cat((turned * cos + rotated * sin, rest), -1)
+
+    def infer(self) -> tuple[TensorType, ...]:
+        x, cos, sin = self.x.type, self.cos.type, self.sin.type
+        width = cos.shape[-1] if cos.rank and x.rank else 0
+        problem = ""
+        if not isinstance(width, int) or not width or width % 2 or bounds(x.shape[-1] - width)[0] < 0:
+            problem = "the last axis of cos has a known, even size, at most that of the last axis of x"
+        elif not x.dtype.is_floating or {cos.dtype, sin.dtype} != {x.dtype}:
+            problem = "x, cos and sin have one floating dtype"
+        elif sin.shape[-1:] != (width,) or not all(_broadcasts(t.shape, x.shape[:-1]) for t in (cos, sin)):
+            problem = "cos and sin have one last axis and broadcast to the leading axes of x"
+        if problem:
+            raise VerificationError(
+                "rotary_embedding has wrong operands",
+                values={"x": x, "cos": cos, "sin": sin},
+                rule=problem,
+                location=self.location,
+            )
+        return (x,)
+
+
+def _broadcasts(shape: tuple[Dim, ...], leading: tuple[Dim, ...]) -> bool:
+    """Whether the axes of ``shape`` but for the last broadcast to ``leading`` without enlarging it."""
+    own = shape[:-1]
+    return len(own) <= len(leading) and all(
+        size in (1, whole) for size, whole in zip(reversed(own), reversed(leading), strict=False)
+    )

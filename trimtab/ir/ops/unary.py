@@ -315,14 +315,15 @@ class BitwiseNot(_Unary):
 
 
 class Gelu(_Unary):
-    """Gaussian error linear unit ``x * Phi(x)``; ``approximate="tanh"`` is Hendrycks and Gimpel's tanh form
-    (arXiv 1606.08415)."""
+    """Gaussian error linear unit ``x * Phi(x)``. The approximations are Hendrycks and Gimpel's (arXiv 1606.08415):
+    ``approximate="tanh"`` is ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`` and ``"sigmoid"``, also known as
+    quick GELU, ``x * sigmoid(1.702 x)``."""
 
-    approximate: Literal["none", "tanh"] = "none"
+    approximate: Literal["none", "tanh", "sigmoid"] = "none"
 
     @staticmethod
     def reference(x: Tensor, *, approximate: str) -> Tensor:
-        return F.gelu(x, approximate=approximate)
+        return x * torch.sigmoid(1.702 * x) if approximate == "sigmoid" else F.gelu(x, approximate=approximate)
 
 
 class LeakyRelu(_Unary):

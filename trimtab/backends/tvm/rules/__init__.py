@@ -17,6 +17,7 @@ from trimtab.backends.tvm.rules import (  # noqa: F401  imported for their regis
     pooling,
     reduction,
     resize,
+    rotary,
     sorting,
 )
 from trimtab.backends.tvm.rules.registry import Rule, rule_for

@@ -128,6 +128,14 @@ def gelu_tanh(x: Expr) -> Expr:
     return _c(x, 0.5) * x * (_c(x, 1) + te.tanh(inner))
 
 
+@shared
+def gelu_sigmoid(x: Expr) -> Expr:
+    return x * sigmoid(_c(x, 1.702) * x)
+
+
+_GELU = {"none": gelu, "tanh": gelu_tanh, "sigmoid": gelu_sigmoid}
+
+
 def _extern(name: str) -> Callable[[Expr], Expr]:
     """A libm function; float32 uses the single-precision variant."""
 
@@ -206,7 +214,7 @@ def _bitwise_not(op: Any, scope: Scope, x: Operand) -> Any:
 
 @lowers(ops.Gelu)
 def _gelu(op: Any, scope: Scope, x: Operand) -> Any:
-    return _pointwise(op, scope, gelu if op.approximate == "none" else gelu_tanh, x)
+    return _pointwise(op, scope, _GELU[op.approximate], x)
 
 
 @lowers(ops.LeakyRelu)
