@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Builder:
-    """Appends ops to a graph, or inserts them before an anchor op.
+    """Appends ops to a graph, or inserts them before an anchor op. Gives them ``made_by``, the name of a rule or pass.
 
     ::
 
@@ -30,15 +30,19 @@ class Builder:
         module = b.module
     """
 
-    def __init__(self, module: Module | None = None, graph: Graph | None = None, before: Op | None = None) -> None:
+    def __init__(
+        self, module: Module | None = None, graph: Graph | None = None, before: Op | None = None, made_by: str = ""
+    ) -> None:
         self.module = module if module is not None else Module()
         self.graph = graph if graph is not None else self.module.main
         self.location: Location | None = before.location if before is not None else None
         self._before = before
+        self._made_by = made_by
 
     def add(self, op: Op, name: str = "") -> Op:
         """Put ``op`` in the graph and return it."""
         op.location = op.location or self.location
+        op.made_by = self._made_by or op.made_by
         if name and len(op.results) == 1:
             op.results[0].name = name
         if self._before is not None:
@@ -48,6 +52,15 @@ class Builder:
     def __call__(self, op: Op, name: str = "") -> Value:
         """Put ``op`` in the graph and return its only result."""
         return self.add(op, name).result
+
+    def replace(self, old: Op, new: Op) -> Op:
+        """Put ``new`` in the place of ``old``, whose readers read it from now on. Returns ``new``."""
+        new.location, new.made_by = old.location, self._made_by
+        self.graph.ops.insert_before(old, new)
+        for before, after in zip(old.results, new.results, strict=True):
+            before.replace_all_uses_with(after)
+        self.graph.ops.remove(old)
+        return new
 
     def input(self, name: str, type: TensorType) -> Value:
         return self.graph.add_input(type, name)

@@ -159,6 +159,13 @@ class Graph:
             for region in op.regions:
                 yield from region.walk()
 
+    def nested(self) -> Iterator[Graph]:
+        """This graph and the regions inside it, at any depth."""
+        yield self
+        for op in self.ops.with_regions:
+            for region in op.regions:
+                yield from region.nested()
+
     def symbols(self) -> dict[str, Symbol]:
         """Symbols of the inputs' shapes by name, in order of appearance."""
         found = {s.name: s for value in self.inputs for s in sorted(value.type.symbols, key=lambda s: s.name)}
@@ -233,9 +240,14 @@ class Module:
     def all_graphs(self) -> Iterator[Graph]:
         """Every graph, regions included."""
         for graph in self.graphs.values():
-            yield graph
-            for op in graph.walk():
-                yield from op.regions
+            yield from graph.nested()
+
+    def readers(self, weight: str) -> Iterator[Use]:
+        """Every place, in any graph, that reads the weight with this id."""
+        for graph in self.all_graphs():
+            value = graph._weights.get(weight)
+            if value is not None:
+                yield from value.uses
 
     def add_weight(self, weight: Weight) -> Weight:
         """Put ``weight`` in the table. Its id must be free; see :meth:`fresh_weight_id`."""

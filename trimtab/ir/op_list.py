@@ -27,6 +27,7 @@ class OpList:
         self._first: Op | None = None
         self._last: Op | None = None
         self._length = 0
+        self._with_regions: set[Op] = set()
 
     def __len__(self) -> int:
         return self._length
@@ -59,6 +60,11 @@ class OpList:
     def last(self) -> Op | None:
         return self._last
 
+    @property
+    def with_regions(self) -> list[Op]:
+        """The ops that have regions, in order. Found without a walk over all ops."""
+        return sorted(self._with_regions, key=lambda op: op._order)
+
     def append(self, op: Op) -> Op:
         """Put ``op`` at the end."""
         return self._link(op, self._last, None)
@@ -84,6 +90,7 @@ class OpList:
             op._next._previous = op._previous
         op.graph = None
         self._length -= 1
+        self._with_regions.discard(op)
 
     def remove(self, op: Op) -> None:
         """Remove ``op`` for good: its results must be unused; its operands lose these uses."""
@@ -111,6 +118,8 @@ class OpList:
         else:
             following._previous = op
         self._length += 1
+        if op.regions:
+            self._with_regions.add(op)
         return op
 
     def _order_between(self, previous: Op | None, following: Op | None) -> int:

@@ -10,6 +10,7 @@ from trimtab.ir.attributes import print_attribute
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.op import Op
 from trimtab.ir.ops import Maximum, Minimum
+from trimtab.ir.rewrite import Rewrites
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Exact
 from trimtab.passes.determinism import is_deterministic
@@ -27,22 +28,21 @@ class Cse(Pass):
     contract: ClassVar[Contract] = Exact()
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        return sum([_merge_equal_ops(graph) for graph in list(module.all_graphs())]) > 0
+        return sum([self._merge_equal_ops(graph, ctx.rewrites) for graph in list(module.all_graphs())]) > 0
 
-
-def _merge_equal_ops(graph: Graph) -> int:
-    merged = 0
-    first: dict[Hashable, Op] = {}
-    for op in graph.ops:
-        if op.regions or not is_deterministic(op):
-            continue
-        earlier = first.setdefault(_key(op), op)
-        if earlier is not op:
-            for old, new in zip(op.results, earlier.results, strict=True):
-                old.replace_all_uses_with(new)
-            graph.ops.remove(op)
-            merged += 1
-    return merged
+    def _merge_equal_ops(self, graph: Graph, rewrites: Rewrites) -> int:
+        merged = 0
+        first: dict[Hashable, Op] = {}
+        for op in graph.ops:
+            if op.regions or not is_deterministic(op):
+                continue
+            earlier = first.setdefault(_key(op), op)
+            if earlier is not op and rewrites.permit(self.name, op):
+                for old, new in zip(op.results, earlier.results, strict=True):
+                    old.replace_all_uses_with(new)
+                graph.ops.remove(op)
+                merged += 1
+        return merged
 
 
 def _key(op: Op) -> Hashable:

@@ -37,6 +37,7 @@ class DedupWeights(Pass):
         replaced: dict[str, Weight] = {}
         for candidates in alike.values():
             replaced |= _equal_weights(candidates) if len(candidates) > 1 else {}
+        replaced = {id: keeper for id, keeper in replaced.items() if ctx.rewrites.permit(self.name)}
         for graph in module.all_graphs():
             for value in graph.weights:
                 if value.weight in replaced:

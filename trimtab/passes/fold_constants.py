@@ -41,68 +41,73 @@ class FoldConstants(Pass):
     """Replace ops whose operands are all constants by their results.
 
     What is computed from numbers alone and is uniform becomes a ``full``, which takes no storage; other results
-    become weights. A result of more than ``limit`` bytes is folded only when the weights it replaces have no other
-    reader and are at least as large, so that shared weights are never duplicated. Large results are computed when
-    their data is asked for.
+    become weights. A result may have any size if it replaces the weights it is computed from: nothing else reads them,
+    and they are at least as large. It is then computed when its data is asked for. Any other result takes storage of
+    its own, at most ``limit`` bytes. For all results computed from one weight that stays, this is the limit of their
+    sum, so that shared weights are never duplicated.
     """
 
     name: ClassVar[str] = "fold-constants"
     contract: ClassVar[Contract] = Exact()
-    grows_weights: ClassVar[bool] = True  # by at most `limit` bytes a folded op
+    grows_weights: ClassVar[bool] = True  # within the limit
     limit: int = 4096
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        readers = Counter(value.weight for graph in module.all_graphs() for value in graph.weights)
-        folded = [
-            _fold_uniform(op, Builder(module, graph, before=op)) or self._fold_to_weight(op, module, graph, readers)
-            for graph in list(module.all_graphs())
-            for op in graph.ops
-            if len(op.results) == 1 and not op.regions
-        ]
-        return any(folded)
+        changed = False
+        copied: Counter[str] = Counter()
+        for graph in list(module.all_graphs()):
+            for op in graph.ops:
+                if ctx.rewrites.exhausted:
+                    return changed
+                if len(op.results) != 1 or op.regions:
+                    continue
+                build = Builder(module, graph, before=op, made_by=self.name)
+                value = _as_full(op, build) or self._as_weight(op, module, graph, copied)
+                if value is not None and ctx.rewrites.permit(self.name, op):
+                    op.result.replace_all_uses_with(value)
+                    graph.ops.remove(op)
+                    changed = True
+        return changed
 
-    def _fold_to_weight(self, op: Op, module: Module, graph: Graph, readers: Counter[str]) -> bool:
-        """Fold ``op`` into a weight. ``readers`` counts the graphs that read a weight."""
+    def _as_weight(self, op: Op, module: Module, graph: Graph, copied: Counter[str]) -> Value | None:
+        """A new weight with the result of ``op``. ``copied`` counts the bytes computed from each weight that stays."""
         if not op.operands or not all(map(_is_constant, op.operands)) or not _is_static(op) or not is_deterministic(op):
-            return False
+            return None
         type, size = op.result.type, op.result.type.bytes
-        own = {value for value in op.operands if value.is_weight and readers[value.weight] == 1}
-        freed = [module.weights[v.weight].nbytes for v in own if all(use.user is op for use in v.uses)]
-        if not isinstance(size, int) or (size > self.limit and size > sum(freed)):
-            return False
         sources = {value.weight: module.weights[value.weight] for value in op.operands if value.is_weight}
+        staying = [id for id in sources if any(use.user is not op for use in module.readers(id))]
+        freed = sum(weight.nbytes for id, weight in sources.items() if id not in staying)
+        already = max((copied[id] for id in staying), default=0)
+        if not isinstance(size, int) or (size > freed and already + size > self.limit):
+            return None
         compute = _computation(op, sources)
         if size > _EAGER_BYTES and not _never_fails(op):
-            return False
+            return None
         try:
             source = ComputedSource(compute) if size > _EAGER_BYTES else TorchSource(compute().contiguous().clone())
         except TrimtabError:
-            return False  # the data is missing, or the op refuses these values: for whoever runs the module to see
-        operands = set(op.operands)
+            return None  # the data is missing, or the op refuses these values: for whoever runs the module to see
+        if size > freed:
+            copied.update(dict.fromkeys(staying, size))
         id = module.fresh_weight_id(f"{next(iter(sources))}.{op.name}" if sources else op.result.name or op.name)
         trainable = any(weight.trainable for weight in sources.values())
-        weight = module.add_weight(Weight(id, type, source, trainable=trainable))
-        _replace(op, graph, graph.weight(weight))
-        readers[id] = 1
-        readers.subtract(value.weight for value in operands if value.is_weight and not value.uses)
-        return True
+        return graph.weight(module.add_weight(Weight(id, type, source, trainable=trainable)))
 
 
-def _fold_uniform(op: Op, build: Builder) -> bool:
-    """Fold ``op`` into a ``full`` when all elements of its result are one number, whatever the shape."""
-    made_by = [value.producer for value in op.operands]
+def _as_full(op: Op, build: Builder) -> Value | None:
+    """The ``full`` that gives the result of ``op`` when all its elements are one number, whatever the shape."""
+    makers = [value.producer for value in op.operands]
     if isinstance(op, ops.DimValue) and isinstance(op.dim, int):
         number: Any = op.dim
-    elif made_by and all(isinstance(maker, ops.Full) for maker in made_by) and isinstance(op, _ROUNDED_ONCE + _MOVES):
-        scalars = [_scalar(maker) for maker in made_by if isinstance(maker, ops.Full)]
+    elif makers and all(isinstance(maker, ops.Full) for maker in makers) and isinstance(op, _ROUNDED_ONCE + _MOVES):
+        scalars = [_scalar(maker) for maker in makers if isinstance(maker, ops.Full)]
         try:
             number = scalars[0].item() if isinstance(op, _MOVES) else evaluate_op(op, scalars)[0].item()
         except TrimtabError:
-            return False
+            return None
     else:
-        return False
-    _replace(op, build.graph, build(ops.Full(value=number, dtype=op.result.type.dtype, shape=op.result.type.shape)))
-    return True
+        return None
+    return build(ops.Full(value=number, dtype=op.result.type.dtype, shape=op.result.type.shape))
 
 
 def _scalar(maker: ops.Full) -> torch.Tensor:
@@ -136,8 +141,3 @@ def _computation(op: Op, sources: Mapping[str, Weight]) -> Callable[[], torch.Te
 
 def _generate(maker: Op) -> torch.Tensor:
     return evaluate_op(maker, ())[0]  # type: ignore[no-any-return]
-
-
-def _replace(op: Op, graph: Graph, value: Value) -> None:
-    op.result.replace_all_uses_with(value)
-    graph.ops.remove(op)

@@ -8,23 +8,35 @@ from typing import TypeAlias
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Module, Value
 from trimtab.ir.op import Op
+from trimtab.ir.rewrite import Rewrites
 
 LocalRule: TypeAlias = Callable[[Op, Builder], Value | None]
 """Gives the value that replaces the op's only result, or None. New ops go through the builder, before the op."""
 
 
-def rewrite_each(module: Module, rule: LocalRule) -> bool:
+def rewrite_each(module: Module, rule: LocalRule, name: str, rewrites: Rewrites) -> bool:
     """Offer each op with one result to ``rule``, in execution order, so that a rule sees rewritten operands.
 
-    A replaced op is removed. Returns whether anything was replaced.
+    A replaced op is removed.
+
+    Args:
+        module: the module to rewrite.
+        rule: what to do with an op.
+        name: of the pass; new ops get it.
+        rewrites: counts the replacements, and may end them.
+
+    Returns:
+        Whether anything was replaced.
     """
     changed = False
     for graph in list(module.all_graphs()):
         for op in graph.ops:
+            if rewrites.exhausted:
+                return changed
             if len(op.results) != 1:
                 continue
-            value = rule(op, Builder(module, graph, before=op))
-            if value is not None:
+            value = rule(op, Builder(module, graph, before=op, made_by=name))
+            if value is not None and rewrites.permit(name, op):
                 op.result.replace_all_uses_with(value)
                 graph.ops.remove(op)
                 changed = True

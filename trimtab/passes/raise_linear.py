@@ -26,8 +26,8 @@ class RaiseLinear(Pass):
     contract: ClassVar[Contract] = Exact(rounding=True)
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        raised = rewrite_each(module, _raise_product)
-        return rewrite_each(module, _absorb_bias) or raised
+        raised = rewrite_each(module, _raise_product, self.name, ctx.rewrites)
+        return rewrite_each(module, _absorb_bias, self.name, ctx.rewrites) or raised
 
 
 def _raise_product(op: Op, build: Builder) -> Value | None:

@@ -13,11 +13,14 @@ from trimtab.passes.base import Changed, Context, Pass
 
 @dataclass(frozen=True)
 class RewritePass(Pass):
-    """A pass that applies :meth:`rules` until none of them matches."""
+    """A pass that applies :meth:`rules` until none of them matches. Weights that nothing reads any more go."""
 
     @abstractmethod
     def rules(self) -> Sequence[Rule]:
         """The rules; where several match at one op, the first wins."""
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        return apply_rules(module, self.rules(), ctx.rewrites) > 0
+        changed = apply_rules(module, self.rules(), ctx.rewrites) > 0
+        if changed:
+            module.drop_unused_weights()
+        return changed

@@ -28,7 +28,7 @@ class SimplifyIdentities(Pass):
     contract: ClassVar[Contract] = Exact()
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        return rewrite_each(module, _identity)
+        return rewrite_each(module, _identity, self.name, ctx.rewrites)
 
 
 def _identity(op: Op, build: Builder) -> Value | None:

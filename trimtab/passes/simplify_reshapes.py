@@ -25,7 +25,7 @@ class SimplifyReshapes(Pass):
     contract: ClassVar[Contract] = Exact()
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        return rewrite_each(module, _simplify)
+        return rewrite_each(module, _simplify, self.name, ctx.rewrites)
 
 
 def _simplify(op: Op, build: Builder) -> Value | None:

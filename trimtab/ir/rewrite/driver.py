@@ -164,11 +164,13 @@ class _TrackingBuilder(Builder):
     """Inserts ops at a fixed place and keeps a list of them."""
 
     def __init__(self, module: Module, graph: Graph, before: Op, rule: str) -> None:
-        super().__init__(module, graph, before=before)
+        super().__init__(module, graph, before=before, made_by=rule)
         self.made: list[Op] = []
-        self._rule = rule
 
     def add(self, op: Op, name: str = "") -> Op:
-        op.made_by = self._rule
         self.made.append(op)
         return super().add(op, name)
+
+    def replace(self, old: Op, new: Op) -> Op:
+        self.made.append(new)
+        return super().replace(old, new)

@@ -94,9 +94,14 @@ class Rewrites:
         """The record of ``rule``, a new one at the first call."""
         return self._log.setdefault(rule, RuleLog(rule))
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the limit is reached, so that nothing more will be permitted."""
+        return self.limit is not None and self.applied >= self.limit
+
     def permit(self, rule: str, op: Op | None = None) -> bool:
         """Whether ``rule`` may rewrite, here ``op``. Counts it if so; when not, the caller leaves the place alone."""
-        if self.limit is not None and self.applied >= self.limit:
+        if self.exhausted:
             return False
         self.applied += 1
         self.of(rule).applied += 1
