@@ -537,7 +537,7 @@ def test_an_explanation_shows_the_deepest_partial_match() -> None:
         "made does not match at\n"
         "  %y = add(%e, %c) : f32[2, 4]   # model.py:13 in forward\n"
         "2 of 3 ops match, but\n"
-        "  a exp is not a result of tanh\n"
+        "  an exp is not a result of tanh\n"
         "  %d = exp(%x) : f32[2, 4]   # model.py:11 in forward"
     )
     assert str(rule(lambda x: op.erf(x)).explain(module, at="%e")) == (

@@ -492,7 +492,9 @@ def _counted_from_the_front(name: str, asked: Any, op: Op) -> Any:
 def _name(value: Value) -> str:
     if value.is_weight:
         return f"the weight @{value.weight}"
-    return f"a {value.producer.name}" if value.producer is not None else f"the input %{value.name}"
+    if value.producer is None:
+        return f"the input %{value.name}"
+    return f"{'an' if value.producer.name[0] in 'aeiou' else 'a'} {value.producer.name}"
 
 
 def _show(held: Any) -> str:
