@@ -13,6 +13,8 @@ from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.compiler import Artifact, compile
+    from trimtab.debug.bisect import bisect
+    from trimtab.debug.reduce import reduce_module as reduce
     from trimtab.frontend.onnx import from_onnx
     from trimtab.frontend.torch_export.trace import trace
     from trimtab.ir import Module, interpret
@@ -27,19 +29,21 @@ _HOMES = {
     "Artifact": ("trimtab.compiler", "Artifact"),
     "Module": ("trimtab.ir", "Module"),
     "Session": ("trimtab.runtime", "Session"),
+    "bisect": ("trimtab.debug.bisect", "bisect"),
     "compile": ("trimtab.compiler", "compile"),
     "from_onnx": ("trimtab.frontend.onnx", "from_onnx"),
     "interpret": ("trimtab.ir", "interpret"),
     "load": ("trimtab.runtime", "load"),
     "optimize": ("trimtab.passes.optimize", "optimize"),
     "read": ("trimtab.ir.storage", "read_module"),
+    "reduce": ("trimtab.debug.reduce", "reduce_module"),
     "trace": ("trimtab.frontend.torch_export", "trace"),
     "write": ("trimtab.ir.storage", "write_module"),
 }
 
 __all__ = [
-    "Artifact", "Module", "Session", "TrimtabError", "__version__", "compile", "from_onnx", "interpret", "load",
-    "optimize", "read", "trace", "write",
+    "Artifact", "Module", "Session", "TrimtabError", "__version__", "bisect", "compile", "from_onnx", "interpret",
+    "load", "optimize", "read", "reduce", "trace", "write",
 ]  # fmt: skip
 
 

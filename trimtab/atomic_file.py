@@ -1,4 +1,4 @@
-"""Write a file so that it either appears whole under its name or not at all.
+"""Write a file, or a folder of files, so that it either appears whole under its name or not at all.
 
 The bytes go to a file without a name (``O_TMPFILE``) where the file system has them, so that even a killed process
 leaves nothing behind; elsewhere to a hidden file beside the target, removed on every exception.  Only the standard
@@ -84,6 +84,57 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     with atomic_writer(path, expected_bytes=len(content)) as file:
         file.write(content)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to write files into; it gets its name ``path`` only when the ``with`` block ends without an exception.
+
+    Until then it has a hidden name beside ``path``, and on any exception it is removed with everything in it.
+
+    Raises:
+        UsageError, ArtifactError: as in :func:`check_new_folder`; and when the disk is full.
+    """
+    check_new_folder(path)
+    target = Path(os.path.abspath(path))
+    temporary = _hidden_name(target)
+    with _translated_errors(target, None):
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.replace(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    _sync_directory(target.parent)
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse, before any long work, a folder that :func:`atomic_folder` could not make.
+
+    Raises:
+        UsageError: its parent does not exist, or something is there already other than an empty folder.
+        ArtifactError: its parent cannot be written.
+    """
+    target = Path(os.path.abspath(path))
+    if not target.parent.is_dir():
+        raise UsageError(
+            "cannot make a folder",
+            values={"path": target},
+            rule=f"{target.parent} is no folder",
+            fix=f"create it first: mkdir -p {target.parent}",
+        )
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(
+            "cannot make a folder", values={"path": target}, rule="something is there", fix="give another name"
+        )
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            "cannot make a folder",
+            values={"path": target},
+            rule=f"{target.parent} may not be written by this user",
+            fix="choose another place",
+        )
 
 
 def _open_temporary(target: Path) -> tuple[BinaryIO, Path | None]:

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
+from trimtab.cli.bisect import bisect_command
 from trimtab.cli.compile import compile_command
 from trimtab.cli.demo import demo_command
 from trimtab.cli.doctor import doctor_command
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_command,
     "optimize": optimize_command,
     "passes": passes_command,
+    "bisect": bisect_command,
     "doctor": doctor_command,
     "demo": demo_command,
 }

@@ -2,7 +2,12 @@
 
 from trimtab.debug.bisect import bisect
 from trimtab.debug.checks import Check, Data, Verdict
-from trimtab.debug.findings import Bisection
+from trimtab.debug.findings import Bisection, Culprit, RewriteAt
 from trimtab.debug.reduce import reduce_module
+from trimtab.debug.reproducer import Reproducer, make_reproducer
+from trimtab.debug.reproducer_files import write_reproducer
 
-__all__ = ["Bisection", "Check", "Data", "Verdict", "bisect", "reduce_module"]
+__all__ = [
+    "Bisection", "Check", "Culprit", "Data", "Reproducer", "RewriteAt", "Verdict", "bisect", "make_reproducer",
+    "reduce_module", "write_reproducer",
+]  # fmt: skip

@@ -65,14 +65,27 @@ def bisect(
         InputError, CalibrationError: a batch does not fit the module.
         PassError: a pass breaks a property that a later one requires.
     """
-    tell = progress or (lambda stage, fraction: None)
     parsed = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     items = parsed if isinstance(parsed, Pipeline) else Pipeline(tuple(parsed))
-    chosen = Check.of(check)
-    data = Data.of(module, inputs, calibration, seed)
+    return find_culprit(
+        module, items, Check.of(check), Data.of(module, inputs, calibration, seed), thorough=thorough, progress=progress
+    )
+
+
+def find_culprit(
+    module: Module,
+    pipeline: Pipeline,
+    check: Check,
+    data: Data,
+    *,
+    thorough: bool = False,
+    progress: Progress | None = None,
+) -> Bisection:
+    """What :func:`bisect` does once its arguments are understood."""
+    tell = progress or (lambda stage, fraction: None)
     tell("check the model", 0.0)
-    judge = chosen.against(module, data)
-    applications = _run(items, module, data.context(module), lambda stage, part: tell(stage, 0.1 + 0.5 * part))
+    judge = check.against(module, data)
+    applications = _run(pipeline, module, data.context(module), lambda stage, part: tell(stage, 0.1 + 0.5 * part))
 
     # A pass that fails ends the run. What comes before it may be at fault all the same, and is then found first.
     changes = [application for application in applications if application.changed]
@@ -80,7 +93,7 @@ def bisect(
     search = _Search(lambda n: _verdict(states[n], judge), lambda part: tell("search the pass", 0.6 + 0.2 * part))
     last = len(changes)
     if not search(last).failed:
-        return Bisection(items, chosen, data, len(applications), search(last))
+        return Bisection(pipeline, check, data, len(applications), search(last))
     first = 0
     if isinstance(states[last], Verdict):
         first, last = (0, last - 1) if search(last - 1).failed else (last - 1, last)
@@ -91,7 +104,7 @@ def bisect(
     )
     culprit = Culprit(at, search(number - 1), search(number), rewrite, why_not)
     return Bisection(
-        items, chosen, data, len(applications), search(len(changes)), culprit, _notes(culprit, chosen, data)
+        pipeline, check, data, len(applications), search(len(changes)), culprit, _notes(culprit, check, data)
     )
 
 

@@ -118,6 +118,8 @@ def contract_text(contract: Contract) -> str:
     match contract:
         case Exact(rounding=rounding):
             return "rounding" if rounding else "exact"
+        case Close(rtol=rtol, atol=0.0):
+            return f"rtol={rtol!r}"
         case Close(rtol=rtol, atol=atol):
             return f"rtol={rtol!r},atol={atol!r}"
         case Lossy():
