@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trimtab.errors import CalibrationError, ContractError, PassError, TrimtabError, UsageError, VerificationError
-from trimtab.ir import Builder, DType, Module, TensorType, ops, print_module, symbol
+from trimtab.ir import Builder, DType, Module, TensorType, ops, parse_module, print_module, symbol
+from trimtab.ir.weights import TorchSource
 from trimtab.passes import Changed, Close, Context, Contract, Dump, Exact, Lossy, Observer, Pass, PassManager, Step
 from trimtab.passes import registry as registry_module
 from trimtab.passes.calibration import check_calibration
@@ -378,6 +379,28 @@ def test_expectations_are_checked(module: Module) -> None:
     assert error.values == {"linear": "2 instead of 3"}
     with pytest.raises(UsageError, match="did you mean `linear`"):
         optimize(module, "cleanup", expect={"linaer": 3})
+
+
+def test_a_missed_expectation_tells_the_near_misses() -> None:
+    text = """trimtab.ir 1
+weight @w: f32[4, 4]
+weight @down: f32[2, 4]
+weight @up: f32[4, 2]
+graph main(%x: f32[2, 4]) {
+  %p = linear(%x, @w) : f32[2, 4]
+  %d = linear(%x, @down) : f32[2, 2]
+  %u = linear(%d, @up) : f32[2, 4]
+  %s = add(%p, %u) : f32[2, 4]
+  %q = linear(%s, @w) : f32[2, 4]
+  return q=%q
+}"""
+    module = parse_module(text, lambda id, type: TorchSource(torch.randn(type.shape)))
+    with pytest.raises(PassError) as caught:
+        optimize(module, "merge-adapters", expect={"linear": 2})
+    assert caught.value.values == {
+        "linear": "4 instead of 2",
+        "near misses": "merge-adapter: @w is read at 2 places, which differ afterwards",
+    }
 
 
 def test_metric_is_reported_around_lossy_passes(module: Module) -> None:

@@ -81,10 +81,11 @@ def _check_expected(module: Module, expect: Mapping[str, int], report: OptimizeR
     found = count_ops(module)
     wrong = {name: f"{found[name]} instead of {count}" for name, count in expect.items() if found[name] != count}
     if wrong:
+        misses = report.near_misses()
         raise PassError(
             "the pipeline did not give the ops that were expected",
-            values=wrong,
+            values={**wrong, "near misses": "; ".join(misses)} if misses else wrong,
             rule=f"the pipeline is {report.pipeline}",
-            fix="a rewrite that should have matched did not, or matched too often: compare the module before and after "
-            "each pass with the observer Dump",
+            fix="ask the rule that should have matched why it did not, with Rule.explain, or look at the graph around "
+            "each pass with `trimtab optimize MODEL --passes ... --report report.html`",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,6 +78,22 @@ class OptimizeReport:
     def applied(self) -> list[str]:
         """The passes that changed the module, with their options, in order."""
         return [row.text for row in self.rows if row.changed]
+
+    def near_misses(self, at_most: int = 3) -> list[str]:
+        """The most frequent reasons why a rule left a place alone that it almost matched, in words.
+
+        Of a pass that ran several times, the last run counts.
+        """
+        last = {row.text: row for row in self.rows}
+        reasons = Counter(
+            {
+                f"{rule['rule']}: {reason}": count
+                for row in last.values()
+                for rule in row.rules
+                for reason, count in rule["rejected"].items()
+            }
+        )
+        return [f"{text} ({count} times)" if count > 1 else text for text, count in reasons.most_common(at_most)]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, the form ``--json`` prints and the artifact's manifest keeps."""
