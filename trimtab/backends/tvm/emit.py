@@ -1,7 +1,8 @@
 """IR module to Relax module.
 
-Every op becomes a call of a TIR function made by its rule; equal ops share one function.  Weights are parameters of
-the functions, never constants in the code.  A ``repeat`` body becomes a function of its own, called n times.
+Every op becomes a call of a TIR function made by its rule, and a ``fused`` op one call of a function made by the rules
+of its body; equal ones share one function.  Weights are parameters of the functions, never constants in the code.  A
+``repeat`` body becomes a function of its own, called n times.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvm import ir, relax, s_tir, te, tirx
+from tvm import ir, relax, tirx
 
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.codegen.program import LOOPS
+from trimtab.backends.tvm.kernels import Inner, Kernel, Leaf, Source, build_function, is_one_kernel
 from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs
 from trimtab.backends.tvm.rules import rule_for
-from trimtab.backends.tvm.rules.creation import constant_of
-from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, const, tvm_dtype
+from trimtab.backends.tvm.rules.registry import Scope, tvm_dtype
 from trimtab.errors import BackendError, InternalError, TrimtabError
 from trimtab.ir import ops
 from trimtab.ir.attributes import attribute_symbols
@@ -68,7 +68,7 @@ class _ModuleEmitter:
         self.machine = machine
         self.layouts = choose_layouts(module, machine)
         self.builder = relax.BlockBuilder()
-        self.functions: dict[Any, Any] = {}
+        self.functions: dict[Any, tuple[Any, list[str]]] = {}
         self.origins: dict[str, list[Op]] = {}
         self.bodies: dict[Op, _Body] = {}
         self.packed: dict[Value, int] = packed_inputs(module, self.layouts)
@@ -118,6 +118,16 @@ class _ModuleEmitter:
             self.builder.emit_func_output(output)
         return self.builder.get().get_global_var(name)
 
+    def function(self, kernel: Kernel, name: str) -> tuple[Any, list[str]]:
+        """The TIR function for a kernel, as a global variable, and the symbols it takes after the tensors."""
+        key = kernel.key
+        if key not in self.functions:
+            function, symbols = build_function(kernel, self.machine)
+            self.functions[key] = self.builder.add_func(function, name.replace("+", "_")), symbols
+        found = self.functions[key]
+        self.origins.setdefault(found[0].name_hint, []).extend(kernel.ops)
+        return found
+
     def _input_type(self, value: Value, scope: Scope) -> Any:
         block = self.packed.get(value, 0)
         if not block:
@@ -132,7 +142,13 @@ class _ModuleEmitter:
 
 
 class _GraphEmitter:
-    """Emits the ops of one graph into the current function of the builder."""
+    """Emits the ops of one graph into the current function of the builder.
+
+    Attributes:
+        values: the Relax variables of the values emitted so far.
+        weights: those of the weights, by id.
+        outside: what the inputs of the bodies of fused ops stand for.
+    """
 
     def __init__(self, owner: _ModuleEmitter, graph: Graph, scope: Scope) -> None:
         self.owner = owner
@@ -140,23 +156,16 @@ class _GraphEmitter:
         self.scope = scope
         self.values: dict[Value, Any] = {}
         self.weights: dict[str, Any] = {}
+        self.outside: dict[Value, Value] = {}
 
     def run(self) -> list[Any]:
         for op in self.graph.ops:
-            try:
-                self._emit(op)
-            except TrimtabError:
-                raise
-            except Exception as error:
-                raise BackendError(
-                    "an op could not be lowered", values={"op": op.name, "error": str(error).strip().splitlines()[-1:]},
-                    rule="the TVM backend failed on an op that it claims to support", fix="report the module as a bug",
-                    where=f"op {op!r}", location=op.location,
-                ) from error  # fmt: skip
+            self._emit(op)
         return [self.read(value) for value in self.graph.outputs]
 
     def read(self, value: Value) -> Any:
         """The Relax expression of a value in its plain form."""
+        value = self.outside.get(value, value)
         if value.is_weight:
             layout = self.owner.layouts[value.weight]
             if not layout.is_plain:
@@ -165,82 +174,114 @@ class _GraphEmitter:
         if value not in self.values:
             producer = value.producer
             assert producer is not None
-            self._call(producer)
+            self._call([producer], producer.results)
         return self.values[value]
 
     def _emit(self, op: Op) -> None:
-        if isinstance(op, ops.Repeat):
-            self._emit_repeat(op)
-        elif isinstance(op, ops.Reshape) and _constant_producer(op.x) is None and 0 not in op.shape:
-            shape = relax.ShapeExpr(self.scope.shape(op.shape))
-            self.values[op.result] = self.owner.builder.emit(relax.op.reshape(self.read(op.x), shape))
-        elif _constant_producer(op.results[0]) is not None:
-            return  # constants are folded into their readers, or made when something needs a tensor
-        elif all(result in self.values for result in op.results):
-            return  # absorbed by the op that reads it
-        else:
-            self._call(op)
+        try:
+            if isinstance(op, ops.Repeat):
+                self._emit_repeat(op)
+            elif isinstance(op, ops.Fused):
+                self._emit_fused(op)
+            elif isinstance(op, ops.Reshape) and _constant_producer(op.x) is None and 0 not in op.shape:
+                shape = relax.ShapeExpr(self.scope.shape(op.shape))
+                self.values[op.result] = self.owner.builder.emit(relax.op.reshape(self.read(op.x), shape))
+            elif _constant_producer(op.results[0]) is not None:
+                return  # constants are folded into their readers, or made when something needs a tensor
+            elif all(result in self.values for result in op.results):
+                return  # absorbed by the op that reads it
+            else:
+                self._call([op], op.results)
+        except TrimtabError:
+            raise
+        except Exception as error:
+            raise BackendError(
+                "an op could not be lowered", values={"op": op.name, "error": str(error).strip().splitlines()[-1:]},
+                rule="the TVM backend failed on an op that it claims to support", fix="report the module as a bug",
+                where=f"op {op!r}", location=op.location,
+            ) from error  # fmt: skip
 
-    def _call(self, op: Op) -> None:
-        """Emit a call of the TIR function for ``op``."""
-        rule = rule_for(op)
-        if rule is None:
-            raise InternalError("an op without a rule passed the capability check", values={"op": op.name})
-        arguments = [self._argument(op, rule, held) for _, held in op.arguments()]
-        target, order = self._absorbed_result(op, rule)
-        key = (type(op), _hashable(arguments), tuple(sorted((k, repr(v)) for k, v in op.attributes.items())), order)
-        found = self.owner.functions.get(key)
-        if found is None:
-            found = self.owner.functions[key] = _build_function(self.owner, op, rule, arguments, order)
-        function, symbols = found
-        self.owner.origins.setdefault(function.name_hint, []).append(op)
-        tensors = [a.expr for a in _flat(arguments) if a.expr is not None]
-        sizes = [self.scope.dim_variable(name) for name in symbols]
-        types = [_relax_type(_ordered(value.type, order), self.scope) for value in op.results]
+    def _emit_fused(self, op: Any) -> None:
+        """One call where the code generator can make one kernel of the body, else a call per op."""
+        self.outside.update(zip(op.body.inputs, op.inputs, strict=True))
+        members = [inner for inner in op.body.ops if _constant_producer(inner.results[0]) is None]
+        if is_one_kernel(members):
+            self._call(members, op.body.outputs, op.kind)
+        else:
+            for inner in op.body.ops:
+                self._emit(inner)
+        for result, value in zip(op.results, op.body.outputs, strict=True):
+            self.values[result] = self.read(value)
+
+    def _call(self, members: Sequence[Op], outputs: Sequence[Value], name: str = "") -> None:
+        """Emit a call of the TIR function for ``members``, which computes ``outputs``."""
+        targets, order = self._absorbed_permute(members[0]) if len(members) == 1 else (outputs, ())
+        kernel = self._kernel(members, outputs, order)
+        function, symbols = self.owner.function(kernel, name or members[0].name)
+        tensors = [leaf.expr for leaf in kernel.leaves if leaf.expr is not None]
+        sizes = [self.scope.dim_variable(symbol) for symbol in symbols]
+        types = [_relax_type(type, self.scope) for type in kernel.output_types]
         call = relax.call_tir(function, relax.Tuple([*tensors, *sizes]), types if len(types) > 1 else types[0])
         outcome = self.owner.builder.emit(call)
         if len(types) == 1:
-            self.values[target] = outcome
+            self.values[targets[0]] = outcome
         else:
-            for index, value in enumerate(op.results):
+            for index, value in enumerate(targets):
                 self.values[value] = self.owner.builder.emit(relax.TupleGetItem(outcome, index))
 
-    def _absorbed_result(self, op: Op, rule: Rule) -> tuple[Value, tuple[int, ...]]:
-        """Write straight into the permuted form when a permutation is the only reader of a result."""
-        value = op.results[0]
-        if not (rule.absorbs_permute and rule.loops) or len(value.uses) != 1 or value.is_output:
-            return value, ()
+    def _kernel(self, members: Sequence[Op], outputs: Sequence[Value], order: tuple[int, ...]) -> Kernel:
+        made = {value: Inner(i, j) for i, op in enumerate(members) for j, value in enumerate(op.results)}
+        leaves: list[Leaf] = []
+
+        def source(op: Op, value: Value) -> Source:
+            if value in made:
+                return made[value]
+            leaf = self._leaf(op, self.outside.get(value, value))
+            for number, other in enumerate(leaves):
+                if leaf.expr is not None and leaf.expr is other.expr and leaf.key == other.key:
+                    return number
+            leaves.append(leaf)
+            return len(leaves) - 1
+
+        sources = [
+            [
+                None if held is None else [source(op, v) for v in held] if isinstance(held, tuple) else source(op, held)
+                for _, held in op.arguments()
+            ]
+            for op in members
+        ]
+        return Kernel(members, leaves, sources, [made[value] for value in outputs], order)
+
+    def _absorbed_permute(self, op: Op) -> tuple[Sequence[Value], tuple[int, ...]]:
+        """What to store and in which axis order: straight the permuted form if only a permute reads the result."""
+        rule, value = rule_for(op), op.results[0]
+        if rule is None or not (rule.absorbs_permute and rule.loops) or len(value.uses) != 1:
+            return op.results, ()
         reader = value.uses[0].user
         if not isinstance(reader, ops.Permute):
-            return value, ()
-        order = tuple(reader.dims.index(axis) for axis in range(len(reader.dims)))
-        return reader.result, order
+            return op.results, ()
+        return reader.results, tuple(reader.dims.index(axis) for axis in range(len(reader.dims)))
 
-    def _argument(self, op: Op, rule: Rule, held: Any) -> Any:
-        if held is None:
-            return None
-        if isinstance(held, tuple):
-            return [self._one(op, rule, value) for value in held]
-        return self._one(op, rule, held)
-
-    def _one(self, op: Op, rule: Rule, value: Value) -> _Argument:
+    def _leaf(self, op: Op, value: Value) -> Leaf:
+        """How ``op`` reads ``value`` from outside of its kernel."""
         constant = _constant_producer(value)
         if constant is not None:
-            return _Argument(value.type, None, constant=constant)
+            return Leaf(value.type, constant=constant)
         if 0 in value.type.shape:
-            return _Argument(value.type, None)  # nothing will be read from it
+            return Leaf(value.type)  # nothing will be read from it
         if value.is_weight:
             layout = self.owner.layouts[value.weight]
-            return _Argument(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)
-        producer = value.producer
+            return Leaf(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)
+        producer, rule = value.producer, rule_for(op)
         if (
-            rule.absorbs_permute
+            rule is not None
+            and rule.absorbs_permute
             and isinstance(producer, ops.Permute)
             and not (producer.x.is_weight or _constant_producer(producer.x) is not None)
         ):
             # Result axis i of a permutation is stored as axis dims[i] of its operand.
-            return _Argument(value.type, self.read(producer.x), order=producer.dims, stored=producer.x.type)
-        return _Argument(value.type, self.read(value), packed=self.owner.packed.get(value, 0))
+            return Leaf(value.type, self.read(producer.x), order=producer.dims, stored=producer.x.type)
+        return Leaf(value.type, self.read(value), packed=self.owner.packed.get(value, 0))
 
     def _emit_repeat(self, op: Any) -> None:
         """n calls of the body's function; slices of stacked weights are views, so nothing is copied."""
@@ -275,116 +316,16 @@ class _GraphEmitter:
 
     def _call_one(self, op: Op) -> Any:
         """Emit an op that is not part of the graph."""
-        self._call(op)
+        self._call([op], op.results)
         outcome = self.values.pop(op.result)
         op._drop_reads()
         return outcome
-
-
-@dataclass(frozen=True)
-class _Argument:
-    """An operand of a call before its TIR function exists."""
-
-    type: TensorType
-    expr: Any
-    constant: Op | None = None
-    packed: int = 0
-    order: tuple[int, ...] = ()
-    stored: TensorType | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        constant = (
-            None if self.constant is None else (self.constant.name, tuple(map(repr, self.constant.attributes.values())))
-        )
-        return (self.type, self.packed, self.order, constant, self.expr is None)
 
 
 def _constant_producer(value: Value) -> Op | None:
     """The op that fills a value with one constant, or None."""
     producer = value.producer
     return producer if isinstance(producer, ops.Full | ops.DimValue) else None
-
-
-def _flat(arguments: Sequence[Any]) -> list[_Argument]:
-    flat: list[_Argument] = []
-    for argument in arguments:
-        if isinstance(argument, list):
-            flat += argument
-        elif argument is not None:
-            flat.append(argument)
-    return flat
-
-
-def _hashable(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(None if a is None else tuple(x.key for x in a) if isinstance(a, list) else a.key for a in arguments)
-
-
-def _ordered(type: TensorType, order: tuple[int, ...]) -> TensorType:
-    """The type as stored when logical axis i lies at ``order[i]``."""
-    if not order:
-        return type
-    shape = list(type.shape)
-    for axis, place in enumerate(order):
-        shape[place] = type.shape[axis]
-    return type.with_shape(*shape)
-
-
-def _build_function(owner: _ModuleEmitter, op: Op, rule: Rule, arguments: Sequence[Any], order: tuple[int, ...]) -> Any:
-    """The TIR function for an op: its global variable and the symbols it takes after the tensors."""
-    scope = Scope(owner.machine)
-    stored_types: list[TensorType] = []
-    leaves: list[Any] = []
-
-    def operand(argument: _Argument) -> Operand:
-        if argument.constant is not None:
-            return Operand(
-                argument.type, scope.shape(argument.type.shape), constant=constant_of(argument.constant, scope)
-            )
-        if argument.expr is None:
-            return Operand(
-                argument.type, scope.shape(argument.type.shape), constant=const(0, tvm_dtype(argument.type.dtype))
-            )
-        stored = argument.stored or argument.type
-        shape = scope.shape(stored.shape)
-        if argument.packed:
-            columns, depth = (int(d) for d in argument.type.shape)  # type: ignore[arg-type]
-            shape = scope.shape((-(-columns // argument.packed), depth, argument.packed))
-        name = f"x{len(leaves)}"
-        dtype = tvm_dtype(argument.type.dtype)
-        leaf = tirx.decl_buffer(shape, dtype, name=name) if rule.loops else te.placeholder(shape, dtype, name=name)
-        leaves.append(leaf)
-        stored_types.append(stored)
-        return Operand(
-            argument.type, scope.shape(argument.type.shape), leaf, packed=argument.packed, order=argument.order
-        )
-
-    operands = [
-        None if a is None else [operand(x) for x in a] if isinstance(a, list) else operand(a) for a in arguments
-    ]
-    if rule.loops:
-        targets = []
-        for i, value in enumerate(op.results):
-            stored = _ordered(value.type, order)
-            buffer = tirx.decl_buffer(scope.shape(stored.shape), tvm_dtype(stored.dtype), name=f"out{i}")
-            targets.append(Target(value.type, scope.shape(value.type.shape), buffer, order))
-        body = rule.function(op, scope, targets, *operands)
-        symbols = scope.free_symbols(stored_types)
-        params = [*leaves, *(scope.variables[name] for name in symbols), *(target.buffer for target in targets)]
-        # Passes that look for blocks expect a root block in every function.
-        root = s_tir.SBlock([], [], [], "root", body)
-        function = tirx.PrimFunc(params, s_tir.SBlockRealize([], True, root)).with_attr(LOOPS, 1)
-    else:
-        outcome = rule.function(op, scope, *operands)
-        results = outcome if isinstance(outcome, list) else [outcome]
-        symbols = scope.free_symbols(stored_types)
-        function = te.create_prim_func([*leaves, *(scope.variables[name] for name in symbols), *results])
-    function = function.with_attr({"tirx.noalias": True, "s_tir": True})
-    if rule.pattern is not None:
-        function = function.with_attr("op_pattern", rule.pattern)
-    return owner.builder.add_func(
-        function.without_attr("global_symbol") if "global_symbol" in function.attrs else function, op.name
-    ), symbols
 
 
 def _relax_type(type: TensorType, scope: Scope) -> Any:

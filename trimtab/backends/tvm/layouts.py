@@ -114,12 +114,17 @@ def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, int
 def _is_linear_weight(use: Use) -> bool:
     """Whether a use reads the matrix of a linear layer, or stacks it for the linear layers of a repeat's body."""
     op = use.user
-    if isinstance(op, ops.Linear):
-        return use.index == 1
     if isinstance(op, ops.Repeat) and len(op.carried) <= use.index < len(op.carried) + len(op.stacked):
         uses = op.body.inputs[use.index].uses
-        return bool(uses) and all(isinstance(u.user, ops.Linear) and u.index == 1 for u in uses)
-    return False
+        return bool(uses) and all(map(_is_matrix_of_linear, uses))
+    return _is_matrix_of_linear(use)
+
+
+def _is_matrix_of_linear(use: Use) -> bool:
+    op = use.user
+    if isinstance(op, ops.Fused):
+        return all(map(_is_matrix_of_linear, op.body.inputs[use.index].uses))
+    return isinstance(op, ops.Linear) and use.index == 1
 
 
 def _panel_width(weight: Weight, machine: Machine) -> int:

@@ -70,7 +70,7 @@ def _reason(op: Op) -> tuple[str, str]:
     packed = sorted({str(v.type.dtype) for v in (*op.operands, *op.results) if v.type.dtype.is_sub_byte})
     if packed:
         return f"it uses the sub-byte types {', '.join(packed)}", "convert to i8, u8 or a floating type first"
-    if isinstance(op, ops.Repeat):
+    if isinstance(op, ops.Repeat | ops.Fused):
         return "", ""
     if isinstance(op, ops.Opaque):
         return f"it calls the torch operator {op.target}, for which there is no code", "express it with other operators"
