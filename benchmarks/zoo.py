@@ -12,8 +12,6 @@ interpreter, all relative to the largest element.  A row's outcome is ``passed``
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import os
@@ -29,8 +27,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from producers import Source, write_dynamo
 from trimtab import Module, TrimtabError, compile, from_onnx, interpret, load, trace
 from trimtab.ir import parse_module, print_module
 from zoo_models import ZooModel, zoo
@@ -161,27 +159,8 @@ def _import(entry: ZooModel, model: torch.nn.Module, door: str, folder: Path) ->
     if door == "torch":
         return trace(model, tuple(inputs.values()), dynamic_shapes=entry.dynamic_shapes())
     path = folder / "model.onnx"
-    try:
-        _export(entry, model, path)
-    except torch.onnx.errors.OnnxExporterError:
-        # torch's exporter fails on the fused attention of some models; written out as matrix products it exports.
-        with sdpa_kernel(SDPBackend.MATH):
-            _export(entry, model, path)
+    write_dynamo(Source(entry), path)
     return from_onnx(path)
-
-
-def _export(entry: ZooModel, model: torch.nn.Module, path: Path) -> None:
-    inputs = entry.inputs(2, 12)
-    with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(
-            model,
-            tuple(inputs.values()),
-            str(path),
-            dynamo=True,
-            dynamic_shapes=entry.dynamic_shapes(),
-            input_names=list(inputs),
-            verbose=False,
-        )
 
 
 def _sizes(entry: ZooModel) -> list[tuple[int, int]]:
