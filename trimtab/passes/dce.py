@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trimtab.ir.core import Graph, Module
+from trimtab.ir.core import Module
+from trimtab.ir.dead_code import remove_dead_ops
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Exact
 
@@ -22,17 +23,4 @@ class Dce(Pass):
     contract: ClassVar[Contract] = Exact()
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        removed = sum(_sweep(graph) for graph in module.graphs.values())
-        return removed + module.drop_unused_weights() > 0
-
-
-def _sweep(graph: Graph) -> int:
-    """Remove the unread ops of ``graph``, the last first so that what only they read becomes unread in time."""
-    removed = 0
-    for op in reversed(graph.ops):
-        if not any(result.uses for result in op.results):
-            graph.ops.remove(op)
-            removed += 1
-        else:
-            removed += sum(map(_sweep, op.regions))
-    return removed
+        return remove_dead_ops(module) + module.drop_unused_weights() > 0
