@@ -1,9 +1,17 @@
-"""Which weights are parameters: ONNX files do not say, the ops that read them do."""
+"""Which weights are parameters: ONNX files do not say, the ops that read them do.
+
+Layers may still be in pieces here: a linear layer is a matrix product and an addition, a norm ends in a product and an
+addition with a vector.
+"""
 
 from __future__ import annotations
 
-from trimtab.ir.core import Module
+from collections.abc import Iterator
+
+from trimtab.ir.core import Module, Value
+from trimtab.ir.op import Op
 from trimtab.ir.ops import (
+    Add,
     BatchNorm,
     Conv1d,
     Conv2d,
@@ -14,6 +22,8 @@ from trimtab.ir.ops import (
     GroupNorm,
     LayerNorm,
     Linear,
+    Matmul,
+    Mul,
     RmsNorm,
 )
 
@@ -28,8 +38,19 @@ PARAMETERS = ("weight", "bias", "table")
 def mark_parameters(module: Module) -> None:
     """Set ``trainable`` on the floating weights that layers of ``module`` have as their parameters."""
     for op in module.walk():
-        if isinstance(op, LAYERS):
-            for field, held in op.arguments():
-                if field.name in PARAMETERS and held is not None and not isinstance(held, tuple) and held.is_weight:
-                    weight = module.weights[held.weight]
-                    weight.trainable = weight.type.dtype.is_floating
+        for value in _parameters(op):
+            if value.is_weight:
+                weight = module.weights[value.weight]
+                weight.trainable = weight.type.dtype.is_floating
+
+
+def _parameters(op: Op) -> Iterator[Value]:
+    """The operands of an op that are parameters if they are weights."""
+    if isinstance(op, LAYERS):
+        for field, held in op.arguments():
+            if field.name in PARAMETERS and isinstance(held, Value):
+                yield held
+    elif isinstance(op, Matmul):
+        yield from (value for value in op.operands if value.type.rank == 2)
+    elif isinstance(op, Add | Mul):
+        yield from (value for value in op.operands if value.type.rank == 1 and value.type.elements != 1)
