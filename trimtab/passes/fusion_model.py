@@ -91,17 +91,18 @@ class Kernel:
             return self._refuses_tiles()
         if self.rows:
             return self._refuses_rows()
-        return self._refuses_last_reduction() if self.row_ops else self._refuses_elements(self.ops, None)
+        return self._refuses_reduction() if self.row_ops else self._refuses_elements(self.ops, None)
 
     def _refuses_tiles(self) -> str:
         """A contraction makes its result by tiles, and what follows is applied to each tile."""
         core, *epilogue = self.ops
         if any(isinstance(op, CONTRACTIONS) for op in epilogue):
             return "a kernel has one contraction, and it comes first"
-        if epilogue and isinstance(epilogue[-1], ops.Permute):
-            *epilogue, turn = epilogue
-            if turn.dims[-1] != len(turn.dims) - 1:
+        last = self.ops[-1]
+        if isinstance(last, ops.Permute):
+            if last.dims[-1] != len(last.dims) - 1:
                 return "a permute of the innermost axis would scatter a tile"
+            epilogue = epilogue[:-1]
         shape = core.result.type.shape
         for op in epilogue:
             read = [value for value in op.operands if value.producer in self.members]
@@ -109,7 +110,7 @@ class Kernel:
                 return "an epilogue is pointwise on the contraction's result"
             if not all(_reads_at_own_index(op, value) for value in read):
                 return "an epilogue reads a tile at its own index"
-        return "" if self.kept == {self.ops[-1].result} else "a value that an epilogue consumes is read elsewhere"
+        return "" if self.kept == {last.result} else "a value that an epilogue consumes is read elsewhere"
 
     def _refuses_rows(self) -> str:
         """Reductions over trailing axes and pointwise ops, row after row, with the row in cache."""
@@ -128,14 +129,29 @@ class Kernel:
                 return _REPEATED
         return ""
 
-    def _refuses_last_reduction(self) -> str:
-        """A reduction over any axes computes its operand on the way, each element once."""
-        *before, last = self.ops
-        if self.row_ops != (last,) or not isinstance(last, _REDUCTIONS):
-            return "a reduction over leading axes ends its kernel"
-        if self.kept != {last.result}:
+    def _refuses_reduction(self) -> str:
+        """A reduction over any axes computes its operand on the way, and pointwise ops go over its result."""
+        core, *others = self.row_ops
+        if others or not isinstance(core, _REDUCTIONS):
+            return "a reduction that is not over the trailing axes is the only one of its kernel"
+        before = self._ancestors(core)
+        if any(op.result in self.kept for op in before):
             return "a value that such a reduction consumes is read elsewhere"
-        return self._refuses_elements(before, last) if before else ""
+        for op in self.ops:
+            if op is core or op in before:
+                continue
+            read = [value for value in op.operands if value.producer in self.members]
+            if op.result.type.shape != core.result.type.shape or not all(_reads_at_own_index(op, v) for v in read):
+                return "what follows a reduction is pointwise on its result"
+        return self._refuses_elements([op for op in self.ops if op in before], core) if before else ""
+
+    def _ancestors(self, op: Op) -> set[Op]:
+        """The members that ``op`` depends on."""
+        found: set[Op] = set()
+        for other in reversed(self.ops):
+            if any(user is op or user in found for user in other.result.users):
+                found.add(other)
+        return found
 
     def _refuses_elements(self, chain: Sequence[Op], reader: Op | None) -> str:
         """Pointwise ops and moves as one loop over elements: those of the results, or those that ``reader`` reads.

@@ -8,7 +8,7 @@ output axis: its values fill vectors, while those of the first are broadcast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import tirx
@@ -39,6 +39,7 @@ class Contraction:
         batch, m, n, k: axes of each role with their extents.
         a, b: the two factors as expressions of the axes.
         output: the pointwise stage applied to the product, or None when the product itself is the result.
+        places: for each axis of the product the axis of the output at its position; its own without an output.
     """
 
     stage: Stage
@@ -49,6 +50,7 @@ class Contraction:
     a: Expr
     b: Expr
     output: Stage | None = None
+    places: list[Any] = field(default_factory=list)
 
     @property
     def rows(self) -> Expr:
@@ -88,7 +90,7 @@ def find_contraction(stage: Stage) -> Contraction | None:
         roles["batch" if both_or_none else "m" if axis in in_a else "n"].append((axis, extent))
     if not roles["n"] or any(axis not in in_a or axis not in in_b for axis, _ in stage.reduce_axes):
         return None
-    return Contraction(stage, roles["batch"], roles["m"], roles["n"], list(stage.reduce_axes), a, b)
+    return Contraction(stage, roles["batch"], roles["m"], roles["n"], list(stage.reduce_axes), a, b, places=stage.axes)
 
 
 def _is_zero(expr: Expr) -> bool:

@@ -115,9 +115,9 @@ def loads_of(expr: Expr) -> list[Any]:
     return [node for node in visit_nodes(expr) if isinstance(node, ir.TensorLoad)]
 
 
-def variables_of(expr: Expr) -> set[Any]:
-    """Variables an expression reads (buffers excluded)."""
-    return {node for node in visit_nodes(expr) if isinstance(node, ir.Var)}
+def variables_of(*expressions: Expr) -> set[Any]:
+    """Variables that expressions read (buffers excluded)."""
+    return {node for expr in expressions for node in visit_nodes(expr) if isinstance(node, ir.Var)}
 
 
 def calls_of(expr: Expr) -> list[str]:

@@ -317,7 +317,7 @@ class ContractionKernel:
         c, out = self.c.stage, self.c.output
         if out is None:
             return store(c.buffer, [axes[axis] for axis in c.axes], product_value)
-        names = {out_axis: axes[axis] for out_axis, axis in zip(out.axes, c.axes, strict=True)}
+        names = {place: axes[axis] for place, axis in zip(self.c.places, c.axes, strict=True)}
         var = tirx.Var("product", product_value.ty)
 
         def own(buffer: Any, indices: list[Expr]) -> Expr | None:
@@ -330,7 +330,7 @@ class ContractionKernel:
         c, out = self.c.stage, self.c.output
         if out is None:
             return [(c.buffer, c.axes)]
-        back = dict(zip(out.axes, c.axes, strict=True))
+        back = dict(zip(self.c.places, c.axes, strict=True))
         value = rewrite(out.value, back)
         return [(out.buffer, [back[axis] for axis in out.axes]), *accesses_of(value)]
 
@@ -341,7 +341,7 @@ class ContractionKernel:
             return False
         if out is None:
             return True
-        forward = {axis: out_axis for out_axis, axis in zip(out.axes, self.c.stage.axes, strict=True)}
+        forward = dict(zip(self.c.stage.axes, self.c.places, strict=True))
         return has_only_loads_as_users(out.value, [(forward[axis], extent) for axis, extent in axes])
 
     def _b_at(self, batch: dict[Any, Expr], k: dict[Any, Expr], n: Expr) -> Expr:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import ir, s_tir, tirx
+from tvm_ffi import structural_equal
 
-from trimtab.backends.tvm.codegen.expression import Expr, int_value, loads_of, rewrite, variables_of
+from trimtab.backends.tvm.codegen.expression import Expr, int_value, loads_of, rewrite, variables_of, visit_nodes
 
 
 @dataclass
@@ -150,31 +151,41 @@ def _split_reduction(stage: Stage, init: Any) -> Stage | None:
     return None
 
 
-def inline_pointwise(program: Program, keep: Any = None) -> Program:
-    """Substitute pointwise stages into their readers where that repeats no work.
-
-    A stage is inlined when one stage reads it, once.  ``keep`` names a stage whose operands must stay as loads.
-    """
+def inline_pointwise(program: Program) -> Program:
+    """Substitute pointwise stages into the stage that reads them, where that repeats no work."""
     stages = list(program.stages)
-    changed = True
-    while changed:
-        changed = False
-        for stage in stages:
-            if stage.is_reduction or stage.materialize or not program.is_temporary(stage.buffer):
-                continue
-            readers = [(s, load) for s in stages for load in loads_of(s.value) if load.source.same_as(stage.buffer)]
-            if len(readers) != 1 or readers[0][0] is keep:
-                continue
-            reader = readers[0][0]
-
-            def substitute(buffer: Any, indices: list[Expr], producer: Stage = stage) -> Expr | None:
-                if not buffer.same_as(producer.buffer):
-                    return None
-                return rewrite(producer.value, dict(zip(producer.axes, indices, strict=True)))
-
-            reader.value = rewrite(reader.value, load=substitute)
+    # The last stage first: what two stages read may have one reader when these two have been joined.
+    for stage in reversed(program.stages):
+        if stage.is_reduction or stage.materialize or not program.is_temporary(stage.buffer):
+            continue
+        readers = [
+            other for other in stages if any(load.source.same_as(stage.buffer) for load in loads_of(other.value))
+        ]
+        if len(readers) == 1 and (value := _inlined(stage, readers[0])) is not None:
+            readers[0].value = value
             stages.remove(stage)
-            changed = True
-            break
     temporaries = [b for b in program.temporaries if any(s.buffer.same_as(b) for s in stages)]
     return Program(program.function, stages, temporaries)
+
+
+def _inlined(stage: Stage, reader: Stage) -> Expr | None:
+    """The value of ``reader`` with the element of ``stage`` computed in it, or None where it would be computed again.
+
+    An element that is read several times gets a name.
+    """
+    first, *others = (load for load in loads_of(reader.value) if load.source.same_as(stage.buffer))
+    at, axes = list(first.indices), variables_of(*first.indices)
+    wide = [axis for axis, extent in [*zip(reader.axes, reader.extents, strict=True), *reader.reduce_axes]
+            if int_value(extent) != 1]  # fmt: skip
+    is_costly = any(isinstance(node, tirx.Div | ir.Call) for node in visit_nodes(stage.value))
+    if is_costly and any(axis not in axes for axis in wide):
+        return None
+    value = rewrite(stage.value, dict(zip(stage.axes, at, strict=True)))
+    if not others:
+        return rewrite(reader.value, load=lambda buffer, indices: value if buffer.same_as(stage.buffer) else None)
+    named = {node.var for node in visit_nodes(reader.value) if isinstance(node, tirx.Let)}
+    if axes & named or not all(all(map(structural_equal, load.indices, at)) for load in others):
+        return None
+    var = tirx.Var(stage.name, value.ty)
+    body = rewrite(reader.value, load=lambda buffer, indices: var if buffer.same_as(stage.buffer) else None)
+    return tirx.Let(var, value, body)

@@ -1,4 +1,4 @@
-"""Default loops for everything that is not a matrix product: pointwise stages, reductions, and row kernels.
+"""Loops for reductions, and for stages that work on the same rows.
 
 Stages that share their leading axes (softmax, layer norm, group norm, ...) become one loop over rows in which the
 intermediate results of a row live in a small buffer.  Innermost axes are vectorised whenever some access is
@@ -16,28 +16,16 @@ from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.comparison import larger, smaller
 from trimtab.backends.tvm.codegen.contraction import Axes, Flattener, accesses_of, has_only_loads_as_users
-from trimtab.backends.tvm.codegen.expression import (
-    Expr,
-    as_index,
-    calls_of,
-    dtype_of,
-    int_value,
-    loads_of,
-    product,
-    rewrite,
-)
+from trimtab.backends.tvm.codegen.elements import UNROLL, lanes_for, loop_kind, split_inner, stage_accesses
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, loads_of, rewrite
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
-    bind,
-    bind_all,
     blocks,
-    ceil_div,
     flat_offset,
     index,
     lanes_of,
     load,
     loop,
-    minimum,
     scratch,
     sequence,
     store,
@@ -46,8 +34,6 @@ from trimtab.backends.tvm.codegen.loops import (
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage
 from trimtab.backends.tvm.codegen.vector_math import lower_call
-
-_UNROLL = 4
 
 
 @dataclass
@@ -74,6 +60,12 @@ def group_stages(program: Program, stages: Sequence[Stage]) -> list[RowGroup]:
 
 def _reads_any(stage: Stage, others: Sequence[Stage]) -> bool:
     return any(access.source.same_as(other.buffer) for access in loads_of(stage.value) for other in others)
+
+
+def share_all_axes(program: Program, stages: Sequence[Stage]) -> bool:
+    """Whether all stages run over the same axes and read each other at their own index."""
+    ranks = {len(stage.axes) for stage in stages}
+    return len(ranks) == 1 and (len(stages) == 1 or shared_depth(program, stages) == max(ranks))
 
 
 def shared_depth(program: Program, stages: Sequence[Stage]) -> int:
@@ -116,22 +108,10 @@ class RowKernel:
         self.local = list(local)
 
     def generate(self) -> Stmt:
-        if len(self.group.stages) == 1 and not self.group.stages[0].is_reduction:
-            return self._pointwise(self.group.stages[0])
-        if len(self.group.stages) == 1:
-            stage = self.group.stages[0]
-            depth = len(stage.axes)
-            # Keep the innermost axis inside the row when the operands are contiguous along it, not along a reduction.
-            if depth and not self._vectorises_reduction(stage, stage.axes[-1:]):
-                depth -= 1
-            self.group = RowGroup([stage], depth)
-        return self._rows()
-
-    def _rows(self) -> Stmt:
-        stages, depth = self.group.stages, self.group.depth
+        stages, depth = self.group.stages, self._depth()
         row_axes = [Flattener(list(zip(s.axes[:depth], s.extents[:depth], strict=True))) for s in stages]
         linear = all(
-            axes.is_linear([a for a in self._accesses(stage) if not self._is_local(a[0])])
+            axes.is_linear([a for a in stage_accesses(stage) if not self._is_local(a[0])])
             and has_only_loads_as_users(stage.value, axes.axes)
             for axes, stage in zip(row_axes, stages, strict=True)
         )
@@ -157,7 +137,15 @@ class RowKernel:
 
             return with_scratch(0, [])
 
-        return loop(count, row, self._kind(sum_work(stages)), "row")
+        return loop(count, row, loop_kind(stages, self.machine), "row")
+
+    def _depth(self) -> int:
+        """How many axes make the row."""
+        stages = self.group.stages
+        depth = self.group.depth if len(stages) > 1 else len(stages[0].axes)
+        # Keep the innermost axis inside the row when the operands are contiguous along it, not along a reduction.
+        across = (s for s in stages if s.is_reduction and len(s.axes) == depth)
+        return depth - any(depth and not self._vectorises_reduction(s, s.axes[-1:]) for s in across)
 
     def _stage(self, stage: Stage, row: dict[Any, Expr], depth: int, table: list[tuple[Any, Any]]) -> Stmt:
         rest = list(zip(stage.axes[depth:], stage.extents[depth:], strict=True))
@@ -180,8 +168,8 @@ class RowKernel:
 
         if stage.is_reduction:
             return self._reduction(stage, rest, value, write)
-        outer, inner = self._split_inner(stage, rest)
-        lanes = self._lanes(stage)
+        outer, inner = split_inner([stage], rest)
+        lanes = lanes_for(stage, self.machine)
 
         def innermost(axes: dict[Any, Expr]) -> Stmt:
             if not inner.axes:
@@ -195,69 +183,6 @@ class RowKernel:
 
         return self._nest(outer, innermost)
 
-    def _split_inner(self, stage: Stage, axes: Axes) -> tuple[Axes, Flattener]:
-        """Outer axes, and the longest run of innermost axes that can be walked as one."""
-        if not axes:
-            return [], Flattener([])
-        best = len(axes) - 1
-        for start in range(len(axes) - 2, -1, -1):
-            candidate = axes[start:]
-            if not has_only_loads_as_users(stage.value, candidate):
-                break
-            if not Flattener(candidate).is_linear(self._accesses(stage)):
-                break
-            best = start
-        return axes[:best], Flattener(axes[best:])
-
-    def _pointwise(self, stage: Stage) -> Stmt:
-        axes = list(zip(stage.axes, stage.extents, strict=True))
-        while len(axes) > 1 and int_value(axes[-1][1]) == 1:
-            axes.insert(0, axes.pop())
-        outer, inner = self._split_inner(stage, axes)
-        lanes = self._lanes(stage)
-        kind = self._kind(sum_work([stage]))
-
-        def element(point: dict[Any, Expr]) -> Stmt:
-            return store(
-                stage.buffer, [point[axis] for axis in stage.axes], rewrite(stage.value, point, call=lower_call)
-            )
-
-        if not axes:
-            return element({})
-        if all(int_value(extent) == 1 for _, extent in outer):
-            unit = {axis: index(0) for axis, _ in outer}
-            return self._flat(inner, lanes, kind, lambda flat: element({**unit, **inner.at(flat, linear=True)}))
-        rows = Flattener(outer)
-
-        def row(flat: Expr) -> Stmt:
-            values = rows.at(flat, linear=False)
-            return bind_all(
-                values,
-                lambda bound: vectors(inner.extent, lanes, lambda f: element({**bound, **inner.at(f, linear=True)})),
-            )
-
-        return loop(rows.extent, row, kind, "row")
-
-    def _flat(self, inner: Flattener, lanes: int, kind: str, element: Callable[[Expr], Stmt]) -> Stmt:
-        width = lanes * _UNROLL
-        total = inner.extent
-        known = int_value(total)
-        if kind == "serial" or (known is not None and known < width):
-            return vectors(total, lanes, element)
-
-        def block(i: Expr) -> Stmt:
-            def at(start: Expr) -> Stmt:
-                return sequence(*(lanes_of(start + index(u * lanes), lanes, element) for u in range(_UNROLL)))
-
-            if known is not None and known % width == 0:
-                return at(i * index(width))
-            return bind(minimum(i * index(width), total - index(width)), at, "start")
-
-        main = loop(ceil_div(total, width), block, kind, "block")
-        if known is not None:
-            return main
-        return tirx.IfThenElse(total >= index(width), main, vectors(total, lanes, element))
-
     def _reduction(
         self,
         stage: Stage,
@@ -266,7 +191,7 @@ class RowKernel:
         write: Callable[[dict[Any, Expr], Expr], Stmt],
     ) -> Stmt:
         dtype = dtype_of(stage.value)
-        lanes = self._lanes(stage)
+        lanes = lanes_for(stage, self.machine)
         if rest and not self._vectorises_reduction(stage, [axis for axis, _ in rest]):
             outer, (inner, extent) = rest[:-1], rest[-1]
 
@@ -318,7 +243,7 @@ class RowKernel:
         """One result: lanes run along the innermost reduction axes and are combined at the end."""
         outer, inner = self._split_reduce(stage)
         known = int_value(inner.extent)
-        width = lanes * _UNROLL
+        width = lanes * UNROLL
         if known is not None:
             while width > max(1, known):
                 width //= 2
@@ -373,7 +298,7 @@ class RowKernel:
 
     def _split_reduce(self, stage: Stage) -> tuple[Axes, Flattener]:
         axes = [axis for axis in stage.reduce_axes if int_value(axis[1]) != 1] or stage.reduce_axes[-1:]
-        outer, inner = self._split_inner(stage, axes)
+        outer, inner = split_inner([stage], axes)
         units = [axis for axis in stage.reduce_axes if all(axis[0] is not a for a, _ in axes)]
         return [*units, *outer], inner
 
@@ -393,29 +318,8 @@ class RowKernel:
             count += len(found) == 2 and int_value(found[0]) == 1
         return count
 
-    def _accesses(self, stage: Stage) -> list[tuple[Any, Sequence[Expr]]]:
-        return (
-            [(stage.buffer, stage.axes), *accesses_of(stage.value)]
-            if not stage.is_reduction
-            else accesses_of(stage.value)
-        )
-
     def _is_local(self, buffer: Any) -> bool:
         return any(buffer.same_as(other) for other in self.local)
-
-    def _lanes(self, stage: Stage) -> int:
-        """Lanes for a stage: those of its widest element type, one for calls that have no vector form."""
-        if any(name in _SCALAR_CALLS for name in calls_of(stage.value)):
-            return 1
-        kinds = {str(stage.buffer.dtype), dtype_of(stage.value), *(str(a.source.dtype) for a in loads_of(stage.value))}
-        return (
-            min(self.machine.lanes(kind) for kind in kinds if kind != "bool")
-            if kinds != {"bool"}
-            else self.machine.lanes("int8")
-        )
-
-    def _kind(self, work: int | None) -> str:
-        return "serial" if work is not None and work < self.machine.serial_work // 8 else "parallel"
 
     def _nest(self, axes: Axes, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
         def level(position: int, values: dict[Any, Expr]) -> Stmt:
@@ -431,20 +335,6 @@ def _chunks(width: int, lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
     """``body`` at ``0 .. width - 1`` as vector operations of at most ``lanes``, both powers of two."""
     step = min(lanes, width)
     return sequence(*(lanes_of(index(begin), step, body) for begin in range(0, width, step)))
-
-
-_SCALAR_CALLS = {"prim.if_then_else", "tirx.call_extern", "tirx.call_pure_extern"}
-
-
-def sum_work(stages: Sequence[Stage]) -> int | None:
-    """Elements visited by all stages, or None when some extent is symbolic."""
-    total = 0
-    for stage in stages:
-        work = int_value(product([*stage.extents, *(extent for _, extent in stage.reduce_axes)]))
-        if work is None:
-            return None
-        total += work * (8 if any(name.startswith("tirx.") for name in calls_of(stage.value)) else 1)
-    return total
 
 
 def combine(kind: str, a: Expr, b: Expr) -> Expr:

@@ -9,12 +9,13 @@ from tvm import ir, tirx
 from tvm_ffi import structural_equal
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, find_contraction
-from trimtab.backends.tvm.codegen.expression import Expr, loads_of, rewrite
+from trimtab.backends.tvm.codegen.elements import ElementKernel
+from trimtab.backends.tvm.codegen.expression import Expr, int_value, loads_of
 from trimtab.backends.tvm.codegen.gemm import ContractionKernel
 from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage, inline_pointwise, read_program
-from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages
+from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages, share_all_axes
 
 
 def schedule_module(module: Any, machine: Machine) -> Any:
@@ -58,50 +59,55 @@ def _segments(program: Program) -> list[Segment]:
             pending.append(stage)
             continue
         flush()
-        while stages and _extend_epilogue(program, contraction, stages[0]):
+        if stages and _take_epilogue(program, contraction, stages[0]):
             stages.pop(0)
         segments.append(contraction)
     flush()
     return segments
 
 
-def _extend_epilogue(program: Program, contraction: Contraction, stage: Stage) -> bool:
-    """Make ``stage`` (part of) the epilogue of a contraction when it only reads the tile at its own position."""
-    previous = contraction.output or contraction.stage
-    if stage.is_reduction or not program.is_temporary(previous.buffer) or len(stage.axes) != len(previous.axes):
-        return False
-    if any(reader is not stage for reader in program.readers(previous.buffer)):
-        return False
-    # A slice from 0 reads the tile at its own position too, but covers less of it.
-    if not all(map(structural_equal, stage.extents, previous.extents)):
-        return False
-    own = [access for access in loads_of(stage.value) if access.source.same_as(previous.buffer)]
-    if not own:
-        return False
-    for access in own:
-        for position, axis, extent in zip(access.indices, stage.axes, stage.extents, strict=True):
-            unit = getattr(position, "value", None) == 0 and getattr(extent, "value", None) == 1
-            if not position.same_as(axis) and not unit:
-                return False
-    if contraction.output is None:
-        contraction.output = stage
-        return True
-    inner = contraction.output
-    var = tirx.Var("inner", inner.value.ty)
+def _take_epilogue(program: Program, contraction: Contraction, stage: Stage) -> bool:
+    """Make ``stage`` the epilogue of a contraction where it turns each element of the product into one of its own.
 
-    def substitute(buffer: Any, indices: list[Expr]) -> Expr | None:
-        return var if buffer.same_as(inner.buffer) else None
-
-    value = rewrite(inner.value, dict(zip(inner.axes, stage.axes, strict=True)))
-    stage.value = tirx.Let(var, value, rewrite(stage.value, load=substitute))
-    contraction.output = stage
+    The axes of the result may be in another order than those of the product.
+    """
+    product = contraction.stage
+    if stage.is_reduction or not program.is_temporary(product.buffer):
+        return False
+    if any(reader is not stage for reader in program.readers(product.buffer)):
+        return False
+    own = [load for load in loads_of(stage.value) if load.source.same_as(product.buffer)]
+    found = [_places(load.indices, stage, product) for load in own]
+    if not found or any(places is None or places != found[0] for places in found):
+        return False
+    contraction.output, contraction.places = stage, list(found[0] or ())
     return True
+
+
+def _places(indices: Sequence[Expr], reader: Stage, product: Stage) -> list[Any] | None:
+    """For each axis of ``product`` the axis of ``reader`` that addresses it, if they are in one-to-one relation."""
+    extents = dict(zip(reader.axes, reader.extents, strict=True))
+    places: list[Any] = [index if index in extents else None for index in indices]
+    # An axis of size 1 is addressed by a constant instead of by its variable.
+    units = [axis for axis in reader.axes if axis not in places and int_value(extents[axis]) == 1]
+    for position, (index, extent) in enumerate(zip(indices, product.extents, strict=True)):
+        if places[position] is None and int_value(index) == 0 and int_value(extent) == 1 and units:
+            places[position] = units.pop(0)
+    if set(places) != set(reader.axes) or len(places) != len(reader.axes):
+        return None
+    # A slice from 0 reads the product at its own position too, but covers less of it.
+    matching = all(
+        structural_equal(extents[axis], extent) for axis, extent in zip(places, product.extents, strict=True)
+    )
+    return places if matching else None
 
 
 def _generate(program: Program, segment: Segment, segments: Sequence[Segment], machine: Machine) -> Stmt:
     if isinstance(segment, Contraction):
         return ContractionKernel(segment, machine).generate()
     local = [b for b in program.temporaries if _is_local(program, b, [segment])]
+    if not any(stage.is_reduction for stage in segment) and share_all_axes(program, segment):
+        return ElementKernel(machine, segment, local).generate()
     (group,) = group_stages(program, segment)
     return RowKernel(machine, group, local).generate()
 
