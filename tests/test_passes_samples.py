@@ -102,3 +102,12 @@ def test_drift_of_another_shape_or_kind_is_infinite() -> None:
         assert measure(one, other).absolute == math.inf
     assert measure(torch.tensor([True, False]), torch.tensor([True, True])).differing == 1
     assert measure(torch.ones(0), torch.ones(0)).differing == 0
+
+
+def test_a_bound_below_the_resolution_of_a_half_type_is_the_resolution() -> None:
+    before = torch.tensor([1.0, -2.0])
+    for dtype, step in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+        near, far = before * (1 + 4 * step), before * (1 + 12 * step)
+        assert Close(rtol=1e-4).holds(measure(before.to(dtype), near.to(dtype)))
+        assert not Close(rtol=1e-4).holds(measure(before.to(dtype), far.to(dtype)))
+        assert not Close(rtol=1e-4).holds(measure(before, near))

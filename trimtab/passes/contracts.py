@@ -25,12 +25,14 @@ class Drift:
         scale: largest finite ``|before|`` in the same output.
         differing: how many elements are not the same bit for bit (two NaNs count as the same).
         where: the sample, output and precision of the worst element, in words.
+        resolution: relative distance of neighbouring numbers in the type that the outputs were computed in.
     """
 
     absolute: float = 0.0
     scale: float = 0.0
     differing: int = 0
     where: str = ""
+    resolution: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -78,7 +80,8 @@ class Close:
     """``|after - before| <= atol + rtol * max|before|`` for every element of an output, in float64 and as declared.
 
     The bound is relative to the largest element of the output, because an element near zero is the difference of
-    large ones and no rewrite of a sum keeps its digits.
+    large ones and no rewrite of a sum keeps its digits.  Where the type of the output is so coarse that 8 of its steps
+    are more than ``rtol``, as half types are, these count instead.
     """
 
     rtol: float = 1e-5
@@ -89,7 +92,7 @@ class Close:
         return ("float64", "")
 
     def holds(self, drift: Drift) -> bool:
-        return drift.absolute <= self.atol + self.rtol * drift.scale
+        return drift.absolute <= self.atol + max(self.rtol, 8 * drift.resolution) * drift.scale
 
     def __str__(self) -> str:
         return f"close (rtol={self.rtol:g}, atol={self.atol:g})"
@@ -174,4 +177,5 @@ def measure(before: torch.Tensor, after: torch.Tensor, where: str = "") -> Drift
     if not differing:
         return Drift(0.0, scale, 0, where)
     gap = torch.where(same, 0.0, (wide_after - wide_before).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    return Drift(float(gap.max()), scale, differing, where)
+    resolution = torch.finfo(before.dtype).eps if before.dtype.is_floating_point else 0.0
+    return Drift(float(gap.max()), scale, differing, where, resolution)
