@@ -124,8 +124,10 @@ def find_rewrite(
         return _verdict(apply_pass(pass_, module, data, gates[limit]), judge)
 
     everything = Gate()
-    apply_pass(pass_, module, data, everything)
+    made = apply_pass(pass_, module, data, everything)
     total = everything.applied
+    if not total and isinstance(made, Verdict):
+        return None, f"{pass_.name} fails before its first rewrite"
     if not total:
         return None, f"{pass_.name} does not ask Context.rewrites.permit before it changes something"
     search = _Search(outcome, progress)

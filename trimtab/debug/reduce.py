@@ -68,7 +68,8 @@ class _Reducer:
         self._signature = frozenset(value.name for value in module.main.inputs)
 
     def run(self) -> None:
-        self._try(_keep_main)
+        if not self._try(_keep_main):
+            self._try(_return_unread)  # what fails may be an op that nothing reads
         self._fix_symbols()
         # A user's check may insist on the inputs that it knows: inner values then become constants.
         stand_in = _new_input if self._holds_for(_with_another_input(self.module)) else _new_constant
@@ -121,9 +122,12 @@ class _Reducer:
                     break
 
     def _keep_one_output(self) -> None:
-        for index in range(len(self.module.main.outputs)):
-            if len(self.module.main.outputs) > 1 and self._try(_keep_output, index):
-                return
+        """One output, or else as few as can be."""
+        count = len(self.module.main.outputs)
+        if count == 1 or any(self._try(_keep_outputs, {index}) for index in range(count)):
+            return
+        for index in reversed(range(count)):
+            self._try(_keep_outputs, set(range(len(self.module.main.outputs))) - {index})
 
     def _move_outputs_up(self) -> None:
         """Return what the first ops compute instead of the outputs: half of the ops, three quarters, and so on."""
@@ -199,9 +203,19 @@ def _with_another_input(module: Module) -> Module:
     return copy
 
 
-def _keep_output(module: Module, index: int) -> Module:
+def _return_unread(module: Module) -> Module:
     copy = module.copy()
-    copy.main.set_outputs([copy.main.outputs[index]], [copy.main.output_names[index]])
+    unread = [value for op in copy.main.ops for value in op.results if not value.uses]
+    if not unread:
+        raise UsageError("every result is read")
+    copy.main.set_outputs([*unread, *copy.main.outputs])
+    return copy
+
+
+def _keep_outputs(module: Module, kept: set[int]) -> Module:
+    copy = module.copy()
+    outputs, names = copy.main.outputs, copy.main.output_names
+    copy.main.set_outputs([outputs[i] for i in sorted(kept)], [names[i] for i in sorted(kept)])
     return copy
 
 
