@@ -14,6 +14,7 @@ from trimtab.passes.observers import Observer, Step, Timing, Verify
 from trimtab.passes.pipeline import Group, Pipeline, parse_pipeline
 from trimtab.passes.registry import check_declaration, load_pass, pass_names
 from trimtab.passes.report import OptimizeReport, PassRow
+from trimtab.passes.samples import count_macs, smallest_sizes
 
 if TYPE_CHECKING:
     from trimtab.ir.core import Module
@@ -71,12 +72,14 @@ class _Run:
         self._report = OptimizeReport(str(manager.pipeline))
         self._module = module
         self._copy: Module | None = None
+        self._macs = 0
 
     def whole(self) -> tuple[Module, OptimizeReport]:
         started = time.perf_counter()
         for observer in self._observers:
             observer.pipeline_started(self._module, self._report, self._ctx)
         original = self._module
+        self._macs = _macs(original)
         for item in self._pipeline.items:
             if isinstance(item, Group):
                 self._group(item)
@@ -104,6 +107,7 @@ class _Run:
         self._copy = None
         row = PassRow(pass_.name, str(pass_), str(pass_.contract), group, round)
         row.ops_before, row.weight_bytes_before = _size(before)
+        row.macs_before = self._macs
         self._report.rows.append(row)
         step = Step(pass_, before, after, row, self._report, self._ctx)
         self._ctx.rewrites = Rewrites()  # an observer may put one with a limit in its place
@@ -119,6 +123,7 @@ class _Run:
             for observer in reversed(self._observers):
                 observer.after_pass(step)
             _check_weight_bytes(step)
+            row.macs_after = self._macs = _macs(after) if row.changed else row.macs_before
         except Exception as error:  # a pass may raise anything; it is reported with the pass's name
             for observer in reversed(self._observers):
                 observer.pass_failed(step, error)
@@ -135,6 +140,11 @@ def _size(module: Module) -> tuple[int, int]:
     read = {value.weight for graph in module.all_graphs() for value in graph.weights}
     known = [module.weights[id] for id in read if id in module.weights]
     return sum(1 for _ in module.walk()), sum(weight.nbytes for weight in known)
+
+
+def _macs(module: Module) -> int:
+    """The multiply-accumulates of one evaluation at the smallest sizes; the module verifies."""
+    return count_macs(module, smallest_sizes(module.main))
 
 
 def _really_changed(claimed: object, step: Step) -> bool:

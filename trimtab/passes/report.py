@@ -22,6 +22,7 @@ class PassRow:
         check_seconds: time to verify the module and check the contract. Consecutive exact passes are checked
             together; their cost stands in the last one's row.
         ops_before, ops_after: numbers of ops, those of regions included.
+        macs_before, macs_after: multiply-accumulates of one evaluation, with the symbols at their smallest sizes.
         weight_bytes_before, weight_bytes_after: bytes of the weights that graphs read, each counted once.
         drift: how far the results moved; None when it was not measured.
         metric_before, metric_after: the user's metric around a pass that is not exact.
@@ -39,6 +40,8 @@ class PassRow:
     check_seconds: float = 0.0
     ops_before: int = 0
     ops_after: int = 0
+    macs_before: int = 0
+    macs_after: int = 0
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
     drift: Drift | None = None

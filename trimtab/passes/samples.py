@@ -53,7 +53,7 @@ def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sam
     """
     graph = module.main
     generator = ctx.generator("samples")
-    bindings = {"ragged sizes": _ragged(graph), "smallest sizes": _smallest(graph)}
+    bindings = {"ragged sizes": _ragged(graph), "smallest sizes": smallest_sizes(graph)}
     if bindings["ragged sizes"] == bindings["smallest sizes"]:
         del bindings["ragged sizes"]
     costs = {name: count_macs(module, sizes) for name, sizes in bindings.items()}
@@ -111,7 +111,8 @@ def _indexed_axes(op: Op) -> Iterator[tuple[Value, Dim]]:
             yield from zip(op.indices, op.x.type.shape, strict=False)
 
 
-def _smallest(graph: Graph) -> dict[str, int]:
+def smallest_sizes(graph: Graph) -> dict[str, int]:
+    """The smallest value of each symbol of ``graph``, at least 1."""
     return {name: max(symbol.min, 1) for name, symbol in graph.symbols().items()}
 
 
