@@ -95,22 +95,27 @@ class RotaryEmbedding(Op):
 
     def infer(self) -> tuple[TensorType, ...]:
         x, cos, sin = self.x.type, self.cos.type, self.sin.type
-        width = cos.shape[-1] if cos.rank and x.rank else 0
-        problem = ""
-        if not isinstance(width, int) or not width or width % 2 or bounds(x.shape[-1] - width)[0] < 0:
-            problem = "the last axis of cos has a known, even size, at most that of the last axis of x"
-        elif not x.dtype.is_floating or {cos.dtype, sin.dtype} != {x.dtype}:
-            problem = "x, cos and sin have one floating dtype"
-        elif sin.shape[-1:] != (width,) or not all(_broadcasts(t.shape, x.shape[:-1]) for t in (cos, sin)):
-            problem = "cos and sin have one last axis and broadcast to the leading axes of x"
-        if problem:
+        rule = self.refusal(x, cos, sin)
+        if rule:
             raise VerificationError(
                 "rotary_embedding has wrong operands",
                 values={"x": x, "cos": cos, "sin": sin},
-                rule=problem,
+                rule=rule,
                 location=self.location,
             )
         return (x,)
+
+    @staticmethod
+    def refusal(x: TensorType, cos: TensorType, sin: TensorType) -> str:
+        """The rule that operands of these types break, or ""."""
+        width = cos.shape[-1] if cos.rank and x.rank else 0
+        if not isinstance(width, int) or not width or width % 2 or bounds(x.shape[-1] - width)[0] < 0:
+            return "the last axis of cos has a known, even size, at most that of the last axis of x"
+        if not x.dtype.is_floating or {cos.dtype, sin.dtype} != {x.dtype}:
+            return "x, cos and sin have one floating dtype"
+        if sin.shape[-1:] != (width,) or not all(_broadcasts(t.shape, x.shape[:-1]) for t in (cos, sin)):
+            return "cos and sin have one last axis and broadcast to the leading axes of x"
+        return ""
 
 
 def _broadcasts(shape: tuple[Dim, ...], leading: tuple[Dim, ...]) -> bool:
