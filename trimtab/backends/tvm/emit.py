@@ -19,6 +19,7 @@ from trimtab.backends.tvm.kernels import Inner, Kernel, Leaf, Source, build_func
 from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.registry import Scope, tvm_dtype
+from trimtab.backends.tvm.views import View, view_of
 from trimtab.errors import BackendError, InternalError, TrimtabError
 from trimtab.ir import ops
 from trimtab.ir.attributes import attribute_symbols
@@ -205,7 +206,7 @@ class _GraphEmitter:
         """One call where the code generator can make one kernel of the body, else a call per op."""
         self.outside.update(zip(op.body.inputs, op.inputs, strict=True))
         members = [inner for inner in op.body.ops if _constant_producer(inner.results[0]) is None]
-        if is_one_kernel(members):
+        if is_one_kernel(members, op.body.outputs):
             self._call(members, op.body.outputs, op.kind)
         else:
             for inner in op.body.ops:
@@ -272,16 +273,20 @@ class _GraphEmitter:
         if value.is_weight:
             layout = self.owner.layouts[value.weight]
             return Leaf(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)
-        producer, rule = value.producer, rule_for(op)
-        if (
-            rule is not None
-            and rule.absorbs_permute
-            and isinstance(producer, ops.Permute)
-            and not (producer.x.is_weight or _constant_producer(producer.x) is not None)
-        ):
-            # Result axis i of a permutation is stored as axis dims[i] of its operand.
-            return Leaf(value.type, self.read(producer.x), order=producer.dims, stored=producer.x.type)
+        rule = rule_for(op)
+        if rule is not None and rule.absorbs_permute:
+            view = view_of(value)
+            if view.moves and not view.base.is_weight and _constant_producer(view.base) is None:
+                return self._viewed(value, view)
         return Leaf(value.type, self.read(value), packed=self.owner.packed.get(value, 0))
+
+    def _viewed(self, value: Value, view: View) -> Leaf:
+        """``value`` read where it lies in the base of ``view``."""
+        stored, expr = view.base.type.with_shape(*view.shape), self.read(view.base)
+        if stored != view.base.type:
+            expr = self.owner.builder.emit(relax.op.reshape(expr, relax.ShapeExpr(self.scope.shape(view.shape))))
+        starts = view.starts if any(start != 0 for start in view.starts) else ()
+        return Leaf(value.type, expr, order=view.order, starts=starts, stored=stored)
 
     def _emit_repeat(self, op: Any) -> None:
         """n calls of the body's function; slices of stacked weights are views, so nothing is copied."""

@@ -15,6 +15,7 @@ from trimtab.backends.tvm.rules.creation import constant_of
 from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, const, tvm_dtype
 from trimtab.errors import InternalError
 from trimtab.ir.core import Value
+from trimtab.ir.dims import Dim
 from trimtab.ir.op import Op
 from trimtab.ir.types import TensorType
 
@@ -28,7 +29,8 @@ class Leaf:
         expr: the Relax expression of the tensor; None for a constant, and where there is nothing to read.
         constant: the op that makes the constant.
         packed: columns per panel of a packed weight; 0 when plain.
-        order, stored: where each axis lies in the tensor, and the tensor's type, when it is stored permuted.
+        order, starts, stored: which axis of the tensor each axis is, where the leaf begins along the tensor's axes,
+            and the tensor's type, when the leaf is a view of a larger or permuted tensor.
     """
 
     type: TensorType
@@ -36,13 +38,14 @@ class Leaf:
     constant: Op | None = None
     packed: int = 0
     order: tuple[int, ...] = ()
+    starts: tuple[Dim, ...] = ()
     stored: TensorType | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for leaves that give the same code."""
         constant = self.constant and (self.constant.name, *map(repr, self.constant.attributes.values()))
-        return (self.type, self.packed, self.order, constant, self.expr is None)
+        return (self.type, self.packed, self.order, self.starts, self.stored, constant, self.expr is None)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ class Kernel:
         return self.ops[place.op].results[place.result]
 
 
-def is_one_kernel(ops: Sequence[Op]) -> bool:
-    """Whether the rules of ``ops`` can be joined in one function: loops that a rule wrote itself stand alone."""
-    return all((rule := rule_for(op)) is not None and not rule.loops for op in ops)
+def is_one_kernel(ops: Sequence[Op], outputs: Sequence[Value]) -> bool:
+    """Whether one function can compute ``outputs`` by the rules of ``ops``: loops that a rule wrote stand alone."""
+    joined = all((rule := rule_for(op)) is not None and not rule.loops for op in ops)
+    return joined and len(set(outputs)) == len(outputs) and all(value.producer in ops for value in outputs)
 
 
 def stored_type(type: TensorType, order: tuple[int, ...]) -> TensorType:
@@ -148,7 +152,8 @@ def _leaf_operands(kernel: Kernel, scope: Scope, declare: Callable[..., Any]) ->
             columns, depth = (int(d) for d in leaf.type.shape)  # type: ignore[arg-type]
             stored = scope.shape((-(-columns // leaf.packed), depth, leaf.packed))
         tensors.append(declare(stored, dtype, name=f"x{len(tensors)}"))
-        operands.append(Operand(leaf.type, shape, tensors[-1], packed=leaf.packed, order=leaf.order))
+        starts = tuple(scope.shape(leaf.starts))
+        operands.append(Operand(leaf.type, shape, tensors[-1], packed=leaf.packed, order=leaf.order, starts=starts))
     return operands, tensors
 
 

@@ -86,6 +86,7 @@ class Operand:
         constant: the value when the operand is a constant fill.
         packed: columns per panel when a weight is stored as ``[panels, K, columns]``; 0 when plain.
         order: where each axis lies in ``tensor`` when that holds the axes in another order; empty when not.
+        starts: the index of the first element along each axis of ``tensor`` when that holds more; empty when not.
     """
 
     type: TensorType
@@ -94,6 +95,7 @@ class Operand:
     constant: Expr | None = None
     packed: int = 0
     order: tuple[int, ...] = ()
+    starts: tuple[Expr, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -108,6 +110,8 @@ class Operand:
         if self.constant is not None:
             return self.constant
         place = physical(indices, self.order)
+        if self.starts:
+            place = tuple(start + index for start, index in zip(self.starts, place, strict=True))
         return self.tensor(*place) if isinstance(self.tensor, te.Tensor) else tirx.BufferLoad(self.tensor, list(place))
 
     def broadcast(self, indices: Sequence[Expr], shape: Sequence[Dim] | None = None) -> Expr:
@@ -172,7 +176,7 @@ class Rule:
         pattern: TVM's fusion kind to force (4: takes an elementwise epilogue, 8: stays alone); None lets TVM look.
         check: returns why this very op cannot be lowered, or "".
         loops: whether the function writes loops itself.
-        absorbs_permute: whether operands may be read through a permutation instead of being permuted first.
+        absorbs_permute: whether operands may be read through a permutation or slice instead of being copied first.
     """
 
     function: RuleFunction
