@@ -1,0 +1,68 @@
+"""Small modules for tests of passes: read from text, rewritten, compared with reviewed text and with each other."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trimtab.ir import Module, TensorType, interpret, parse_module, print_module
+from trimtab.ir.weights import TorchSource
+from trimtab.passes.manager import PassManager
+from trimtab.passes.report import PassRow
+
+Golden = Callable[[str, str], None]
+
+
+def read(text: str, **weights: torch.Tensor) -> Module:
+    """A module from its text. Weights not given hold random numbers that depend on their id alone."""
+
+    def source(id: str, type: TensorType) -> TorchSource:
+        if id in weights:
+            return TorchSource(weights[id])
+        generator = torch.Generator().manual_seed(zlib.crc32(id.encode()))
+        return TorchSource(torch.randn(type.bind({}).shape, generator=generator))
+
+    return parse_module("trimtab.ir 1\n" + text, source)
+
+
+def rewritten(module: Module, passes: str) -> tuple[Module, list[PassRow]]:
+    """``module`` after ``passes``, which the manager verifies and checks against their contracts."""
+    result, report = PassManager(passes).run(module)
+    return result, report.rows
+
+
+def check_case(golden: Golden, name: str, passes: str, module: Module) -> Module:
+    """Run ``passes`` and compare what comes out, and why rules left places alone, with tests/golden/passes/``name``."""
+    result, rows = rewritten(module, passes)
+    before, after = (print_module(m, hashes=False).split("\n", 1)[1] for m in (module, result))
+    changed = "changed" if any(row.changed for row in rows) else "unchanged"
+    notes = [
+        f"// {rule['rule']} applied {rule['applied']} times" + "".join(f"\n//   not: {why}" for why in rule["rejected"])
+        for row in rows
+        for rule in row.rules
+        if rule["applied"] or rule["rejected"]
+    ]
+    golden(f"passes/{name}.txt", f"// before {passes}\n{before}\n// after: {changed}\n{after}" + "\n".join(notes))
+    return result
+
+
+def assert_same_results(before: Module, after: Module, *sizes: Mapping[str, int], tolerance: float = 1e-9) -> None:
+    """Evaluate both modules in float64 on random inputs with the symbols at ``sizes`` and compare every output."""
+    generator = torch.Generator().manual_seed(5)
+    for bindings in sizes or ({},):
+        inputs = [_random(value.type.bind(bindings), generator) for value in before.main.inputs]
+        old, new = (interpret(module, inputs, precision=torch.float64) for module in (before, after))
+        for expected, result in zip(old, new, strict=True):
+            assert result.shape == expected.shape
+            scale = float(expected.abs().max()) if expected.numel() else 0.0
+            assert float((result - expected).abs().max()) <= tolerance * max(scale, 1.0) if expected.numel() else True
+
+
+def _random(type: TensorType, generator: torch.Generator) -> torch.Tensor:
+    shape: Any = type.shape
+    if type.dtype.is_floating:
+        return torch.randn(shape, generator=generator).to(type.dtype.to_torch())
+    return torch.randint(0, 2, shape, generator=generator).to(type.dtype.to_torch())
