@@ -144,16 +144,16 @@ def find_rewrite(
 
 
 class Gate(Rewrites):
-    """A gate that describes the last rewrite that it let through, and can hold back a rule altogether."""
+    """A gate that describes the last rewrite that it let through, and can hold some rules back altogether."""
 
-    def __init__(self, limit: int | None = None, without: str = "") -> None:
+    def __init__(self, limit: int | None = None, allows: Callable[[str], bool] = lambda rule: True) -> None:
         super().__init__(limit)
-        self._without = without
+        self._allows = allows
         self.rule = self.op = ""
         self.location: Location | None = None
 
     def permit(self, rule: str, op: Op | None = None) -> bool:
-        if rule == self._without or not super().permit(rule, op):
+        if not self._allows(rule) or not super().permit(rule, op):
             return False
         if self.applied == self.limit:  # the text is made only once: it names every value of the graph
             self.rule, self.op = rule, describe_op(op) if op is not None else "an op that the pass does not name"

@@ -97,15 +97,23 @@ class _Shows:
         self._check = check
         self._data = data
         self._rule = culprit.rewrite.rule if culprit.rewrite is not None else ""
-        if self._rule and not self(culprit.application.before):
-            self._rule = ""  # another rule of the pass is wrong too: it cannot be told which of them a module shows
+        # The first evidence against the rule that holds for the module as it was is asked for in candidates too.
+        self._evidence = ""
+        for evidence in ("needed", "enough", "") if self._rule else ():
+            self._evidence = evidence
+            if self(culprit.application.before):
+                break
 
     def __call__(self, module: Module) -> bool:
         self.count += 1
         judge = self._check.against(module, self._data)
         if not self._outcome(module, judge, Gate()).is_like(self._wanted):
             return False
-        return not self._rule or not self._outcome(module, judge, Gate(without=self._rule)).failed
+        if self._evidence == "needed":
+            return not self._outcome(module, judge, Gate(allows=lambda rule: rule != self._rule)).failed
+        if self._evidence == "enough":
+            return self._outcome(module, judge, Gate(allows=lambda rule: rule == self._rule)).failed
+        return True
 
     def _outcome(self, module: Module, judge: Judge, gate: Gate) -> Verdict:
         made = apply_pass(self._pass, module, self._data, gate)
