@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class PackLinears(Pass):
         return found
 
     def _too_wide(self, pack: Sequence[Linear]) -> str:
-        width = sum(map(_rows, pack))
+        width = sum(_rows(op.weight.type) for op in pack)
         if self.max_width is None or width <= self.max_width:
             return ""
         return f"the weights would have {width} rows, more than max_width={self.max_width}"
@@ -94,12 +95,6 @@ def _refusal(op: Linear, reads: Counter[str]) -> str:
     return ""
 
 
-def _rows(op: Linear) -> int:
-    rows = op.weight.type.shape[0]
-    assert isinstance(rows, int)  # weights have static types: checked by the verifier
-    return rows
-
-
 def _pack(module: Module, graph: Graph, pack: Sequence[Linear]) -> None:
     """Replace ``pack`` by one linear, at the place of the first, and a slice for each."""
     first = pack[0]
@@ -107,11 +102,11 @@ def _pack(module: Module, graph: Graph, pack: Sequence[Linear]) -> None:
     bias = None
     if any(op.bias is not None for op in pack):
         wish = next(op.bias.weight for op in pack if op.bias is not None)
-        bias = _concatenated(module, graph, f"{wish}.packed", [op.bias or _rows(op) for op in pack])
+        bias = _concatenated(module, graph, f"{wish}.packed", [op.bias or _rows(op.weight.type) for op in pack])
     packed = Builder(module, graph, first, PackLinears.name)(Linear(first.x, weight, bias))
     start = 0
     for op in pack:
-        stop = start + _rows(op)
+        stop = start + _rows(op.weight.type)
         part = Slice(packed, dim=packed.type.rank - 1, start=start, stop=stop)
         Builder(module, graph, op, PackLinears.name).replace(op, part)
         start = stop
@@ -120,16 +115,26 @@ def _pack(module: Module, graph: Graph, pack: Sequence[Linear]) -> None:
 def _concatenated(module: Module, graph: Graph, wish: str, parts: Sequence[Value | int]) -> Value:
     """A weight with the rows of all parts; a number stands for as many zeros."""
     pieces = [module.weights[part.weight] if isinstance(part, Value) else part for part in parts]
-    first = next(piece for piece in pieces if isinstance(piece, Weight))
-    rows = sum(piece if isinstance(piece, int) else int(piece.type.shape[0]) for piece in pieces)  # type: ignore[arg-type]
+    weights = [piece for piece in pieces if isinstance(piece, Weight)]
+    dtype, (_, *rest) = weights[0].type.dtype, weights[0].type.shape
 
     def join() -> torch.Tensor:
         import torch
 
-        dtype = first.type.dtype.to_torch()
-        return torch.cat([p.tensor() if isinstance(p, Weight) else torch.zeros(p, dtype=dtype) for p in pieces])
+        zeros = functools.partial(torch.zeros, dtype=dtype.to_torch())
+        return torch.cat([piece.tensor() if isinstance(piece, Weight) else zeros(piece) for piece in pieces])
 
-    trainable = any(isinstance(piece, Weight) and piece.trainable for piece in pieces)
-    type = TensorType(first.type.dtype, (rows, *first.type.shape[1:]))
-    weight = Weight(module.fresh_weight_id(wish), type, ComputedSource(join), trainable=trainable)
+    rows = sum(_rows(piece.type) if isinstance(piece, Weight) else piece for piece in pieces)
+    weight = Weight(
+        module.fresh_weight_id(wish),
+        TensorType(dtype, (rows, *rest)),
+        ComputedSource(join),
+        trainable=any(weight.trainable for weight in weights),
+    )
     return graph.weight(module.add_weight(weight))
+
+
+def _rows(type: TensorType) -> int:
+    rows = type.shape[0]
+    assert isinstance(rows, int)  # weights have static types: checked by the verifier
+    return rows
