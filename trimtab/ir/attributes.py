@@ -37,6 +37,13 @@ def check_attribute(op: str, name: str, declared: Any, value: Any) -> Attribute:
     return result
 
 
+def shortest_float(value: float) -> float:
+    """The shortest decimal that rounds to the float32 ``value``: 1e-12 for 9.999999960041972e-13, its float32."""
+    import numpy as np
+
+    return value if not math.isfinite(value) else float(str(np.float32(value)))
+
+
 def print_attribute(value: Attribute) -> str:
     """The text form of an attribute; :func:`trimtab.ir.parser.parse_attribute` is its inverse."""
     if value is None:

@@ -45,6 +45,8 @@ _OWN: Mapping[str, str] = {
     "raise-silu": "trimtab.passes.raise_silu:RaiseSilu",
     "remove-repeat-kv": "trimtab.passes.remove_repeat_kv:RemoveRepeatKv",
     "simplify-identities": "trimtab.passes.simplify_identities:SimplifyIdentities",
+    "simplify-indexing": "trimtab.passes.simplify_indexing:SimplifyIndexing",
+    "simplify-masks": "trimtab.passes.simplify_masks:SimplifyMasks",
     "simplify-permutes": "trimtab.passes.simplify_permutes:SimplifyPermutes",
     "simplify-reshapes": "trimtab.passes.simplify_reshapes:SimplifyReshapes",
     "unmerge-batch-axes": "trimtab.passes.unmerge_batch_axes:UnmergeBatchAxes",

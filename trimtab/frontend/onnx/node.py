@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +11,7 @@ from trimtab.errors import ImportModelError, Location, UnsupportedOpError
 from trimtab.frontend.onnx.emitter import Emitter
 from trimtab.frontend.onnx.initializers import StoredTensor
 from trimtab.frontend.onnx.symbolic_folding import SymbolicArray
+from trimtab.ir.attributes import shortest_float
 from trimtab.ir.core import Value
 from trimtab.ir.dims import Dim
 from trimtab.ir.dtypes import DType
@@ -286,13 +286,6 @@ def advice(inputs: Sequence[str]) -> str:
     """How to fix graph inputs at import."""
     names = ", ".join(f"{name!r}: array" for name in inputs[:4])
     return f"fix graph inputs that it depends on with from_onnx(..., constants={{{names or '...'}}})"
-
-
-def shortest_float(value: float) -> float:
-    """The shortest decimal that rounds to the float32 ``value``; ONNX stores 1e-12 as 9.999999960041972e-13."""
-    import numpy as np
-
-    return value if not math.isfinite(value) else float(str(np.float32(value)))
 
 
 def _type_text(value: Value | None) -> str:

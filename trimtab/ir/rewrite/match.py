@@ -46,6 +46,12 @@ class Match:
         """The value that the rule is about."""
         return self.outputs[0]
 
+    @property
+    def root_op(self) -> Op:
+        """The op that computes the root."""
+        assert self.root.producer is not None
+        return self.root.producer
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._bindings:
             raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from trimtab.frontend.onnx.node import shortest_float
 from trimtab.frontend.onnx.raising.matching import (
     Site,
     either_way,
@@ -12,6 +11,7 @@ from trimtab.frontend.onnx.raising.matching import (
     same,
     square_of,
 )
+from trimtab.ir.attributes import shortest_float
 from trimtab.ir.core import Value
 from trimtab.ir.ops import Add, Div, LayerNorm, Mean, Mul, Reciprocal, RmsNorm, Rsqrt, Sqrt, Sub
 
