@@ -2,59 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trimtab.ir import ops
 from trimtab.ir.builder import Builder
-from trimtab.ir.core import Module, Value
+from trimtab.ir.core import Graph, Use, Value
 from trimtab.ir.op import Op
-from trimtab.ir.ops import Add, Linear, Matmul, Permute
-from trimtab.passes.base import Changed, Context, Pass
+from trimtab.ir.rewrite import Constant, Match, Pattern, Rule, Var, maybe, one_of, op, optional, shared
+from trimtab.ir.weights import ComputedSource
 from trimtab.passes.contracts import Contract, Exact
-from trimtab.passes.local_rewrite import rewrite_each
+from trimtab.passes.rewrite_pass import RewritePass
+
+_TRANSPOSE = (1, 0)
 
 
 @dataclass(frozen=True)
-class RaiseLinear(Pass):
+class RaiseLinear(RewritePass):
     """Write a matrix product with a weight as linear, and take a bias that is added afterwards into it.
 
-    ``x @ W^T`` reads W directly; ``x @ W`` reads a permute of W, which ``fold-constants`` makes a weight. The results
-    may be rounded differently, because the bias joins the sum.
+    ``x @ W^T`` reads W directly. For ``x @ W`` the transposed weight takes W's place, where every reader of W
+    multiplies by it in this way. A product over flattened rows, as of ``addmm``, becomes one over x as it was. The
+    results may be rounded differently, because the bias joins the sum.
     """
 
     name: ClassVar[str] = "raise-linear"
     contract: ClassVar[Contract] = Exact(rounding=True)
 
-    def run(self, module: Module, ctx: Context) -> Changed:
-        raised = rewrite_each(module, _raise_product, self.name, ctx.rewrites)
-        return rewrite_each(module, _absorb_bias, self.name, ctx.rewrites) or raised
+    def rules(self) -> Sequence[Rule]:
+        return (ProductWithWeight(), TransposedWeight(), AddedBias(), FlattenedRows())
 
 
-def _raise_product(op: Op, build: Builder) -> Value | None:
-    if not isinstance(op, Matmul) or op.x.type.rank < 2 or op.y.type.rank != 2:
+class ProductWithWeight(Rule):
+    """``x @ W^T`` or ``x @ W`` with a weight W, which may be repeated for each matrix of a batch."""
+
+    def pattern(self, x: Var, w: Constant) -> Pattern:
+        transpose = op.permute(w, dims=_TRANSPOSE).bind("transpose")
+        return x @ shared(optional(op.expand(shared(one_of(transpose, w)))))
+
+    def check(self, m: Match) -> str | None:
+        if not m.w.is_weight or m.w.type.rank != 2:
+            return f"{m.w} is not one matrix for all rows of x"
+        if not _multiplies_rows(m.root.producer):
+            return f"x is not a matrix for each of the products, from {m.x.type} to {m.root.type}"
+        if m.transpose is not None:
+            return None
+        for use in m.module.readers(m.w.weight):
+            if not _transposes(use, m.graph):
+                reader = "the graph's outputs" if isinstance(use.user, Graph) else use.user.name
+                return f"the weight @{m.w.weight} is also read by {reader}: its transpose would be a second weight"
         return None
-    transposed = op.y.producer
-    if isinstance(transposed, Permute) and transposed.dims == (1, 0) and transposed.x.is_weight:
-        return build(Linear(op.x, transposed.x))
-    if op.y.is_weight and len(op.y.uses) == 1:
-        # Constant folding transposes the weight; of a shared weight that would make a second copy.
-        return build(Linear(op.x, build(Permute(op.y, dims=(1, 0)))))
-    return None
+
+    def rewrite(self, m: Match, build: Builder) -> Value:
+        transpose = m.transpose
+        if transpose is not None:
+            return build(ops.Linear(m.x, m.w))
+        root = m.ops[0]
+        made = next((user.result for user in m.w.users if _is_transpose(user) and user.is_before(root)), None)
+        return build(ops.Linear(m.x, made if made is not None else build(ops.Permute(m.w, dims=_TRANSPOSE))))
 
 
-def _absorb_bias(op: Op, build: Builder) -> Value | None:
-    if not isinstance(op, Add):
+class TransposedWeight(Rule):
+    """The transpose of a weight that nothing else reads, as the matrix of linear layers."""
+
+    def pattern(self, w: Constant) -> Pattern:
+        return op.permute(w, dims=_TRANSPOSE)
+
+    def check(self, m: Match) -> str | None:
+        if not m.w.is_weight or not all(isinstance(u.user, ops.Linear) and u.index == 1 for u in m.root.uses):
+            return "it is not the matrix of linear layers"
+        others = [use for use in m.module.readers(m.w.weight) if use.user is not m.root.producer]
+        return f"the weight @{m.w.weight} has {len(others)} other readers" if others else None
+
+    def rewrite(self, m: Match, build: Builder) -> Value:
+        weight = m.weight(m.w)
+        source = ComputedSource(lambda: weight.tensor().t())
+        return m.add_weight(f"{weight.id}.T", m.root.type, source, trainable=weight.trainable)
+
+
+class AddedBias(Rule):
+    """``linear(x) + b`` with a weight b of one element per output."""
+
+    def pattern(self, x: Var, w: Var, b: Constant) -> Pattern:
+        return op.linear(x, w).bind("product") + b
+
+    def check(self, m: Match) -> str | None:
+        outputs = m.w.type.shape[0]
+        if m.product.type != m.root.type:
+            return f"the sum repeats the product from {m.product.type} to {m.root.type}"
+        if not m.b.is_weight or m.b.type.shape[-1:] != (outputs,) or m.b.type.elements != outputs:
+            return f"{m.b} is not a weight of {outputs} elements"
+        if m.b.type.rank > 1 and sum(1 for _ in m.module.readers(m.b.weight)) > 1:
+            return f"the weight @{m.b.weight} has other readers: reshaped it would be a second one"
         return None
-    for product, bias in ((op.x, op.y), (op.y, op.x)):
-        linear = product.producer
-        if (
-            isinstance(linear, Linear)
-            and linear.bias is None
-            and len(product.uses) == 1
-            and bias.is_weight
-            and linear.weight.type.rank == 2
-            and bias.type.shape == linear.weight.type.shape[:1]
-            and linear.result.type == op.result.type
-        ):
-            return build(Linear(linear.x, linear.weight, bias))
-    return None
+
+    def rewrite(self, m: Match, build: Builder) -> Value:
+        bias = m.b
+        if bias.type.rank > 1:
+            weight = m.weight(bias)
+            type = bias.type.with_shape(m.w.type.shape[0])
+            source = ComputedSource(lambda: weight.tensor().reshape(-1))
+            bias = m.add_weight(f"{weight.id}.flat", type, source, trainable=weight.trainable)
+        return build(ops.Linear(m.x, m.w, bias))
+
+
+class FlattenedRows(Rule):
+    """``linear(x)`` of a tensor x that is made a matrix for it, as ``addmm`` asks."""
+
+    def pattern(self, x: Var, w: Var, b: Var) -> Pattern:
+        matrix = op.reshape(x, shape=lambda shape: len(shape) == 2)
+        return op.linear(shared(matrix).bind("rows"), w, maybe(b))
+
+    def check(self, m: Match) -> str | None:
+        if m.x.type.rank < 3 or m.x.type.shape[-1] != m.rows.type.shape[-1]:
+            return f"the rows of {m.x.type} are not those of {m.rows.type}"
+        return None
+
+    def rewrite(self, m: Match, build: Builder) -> Value:
+        return build(ops.Reshape(build(ops.Linear(m.x, m.w, m.b)), shape=m.root.type.shape))
+
+
+def _transposes(use: Use, graph: Graph) -> bool:
+    """Whether a reader of a weight multiplies by it from the right, and so could as well read its transpose."""
+    reader = use.user
+    if isinstance(reader, Graph) or reader.graph is not graph:
+        return False
+    if isinstance(reader, ops.Expand):
+        return all(_transposes(inner, graph) for inner in reader.result.uses)
+    return _is_transpose(reader) or (use.index == 1 and _multiplies_rows(reader))
+
+
+def _is_transpose(op: Op) -> bool:
+    return isinstance(op, ops.Permute) and op.dims == _TRANSPOSE
+
+
+def _multiplies_rows(op: Op | None) -> bool:
+    """Whether ``op`` is a product that multiplies each row of x once."""
+    return isinstance(op, ops.Matmul) and op.x.type.rank > 1 and op.result.type.shape[:-1] == op.x.type.shape[:-1]
