@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -39,6 +39,7 @@ from trimtab.tensor_file import TensorSource, write_tensors
 if TYPE_CHECKING:
     from trimtab.backends.base import Backend, CompiledCode
     from trimtab.ir import Module
+    from trimtab.passes.observers import Observer
 
 BACKENDS = {"tvm": "trimtab.backends.tvm.backend"}
 """Module of each code generator, by name."""
@@ -76,6 +77,7 @@ def compile(
     include_runtime: bool = True,
     name: str = "",
     progress: Progress | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Artifact:
     """Compile a module for a target.
 
@@ -85,11 +87,12 @@ def compile(
             machine's architecture.
         backend: the code generator.
         threads: threads to plan for; None means all cores this process may use.
-        pipeline: passes to run first; None or an empty text compiles the module as it is.
+        pipeline: passes to run first; None or an empty text for none but those that the backend itself asks for.
         include_runtime: carry the backend's runtime library in the file (3.4 MB for tvm), so that the device needs
             numpy and ``apache-tvm-ffi`` only.
         name: what the model is called, for people.
         progress: called at the start of each stage.
+        observers: told about every pass; see :mod:`trimtab.passes.observers`.
 
     Returns:
         An artifact; :meth:`Artifact.save` writes the file and checks it in a fresh process.
@@ -103,9 +106,12 @@ def compile(
     stages = _Stages(progress)
     generator = find_backend(backend)
     report: Any = None
+    passes = _with_passes_of(generator, pipeline or "")
     if pipeline:
+        module = _without_groups(module)
+    if passes:
         with stages("optimize", 0.0):
-            result = optimize(module, pipeline)
+            result = optimize(module, passes, observers=observers)
         module, report = result.module, result.report.to_dict()
     with stages("check capabilities", 0.2):
         generator.check(module, target or "")
@@ -113,7 +119,28 @@ def compile(
         code = generator.build(module, target or "", threads)
     with stages("compute expected outputs", 0.9):
         samples = tuple(_samples(module))
-    return Artifact(module, code, samples, pipeline or "", report, name, include_runtime, stages.seconds)
+    return Artifact(module, code, samples, passes, report, name, include_runtime, stages.seconds)
+
+
+def _without_groups(module: Module) -> Module:
+    """``module`` as passes expect it: kernels chosen for an earlier compilation become ops again."""
+    from trimtab.ir.fused import ungroup
+    from trimtab.ir.ops import Fused
+
+    if any(isinstance(op, Fused) for op in module.walk()):
+        module = module.copy()
+        ungroup(module)
+    return module
+
+
+def _with_passes_of(backend: Backend, pipeline: str) -> str:
+    """``pipeline``, and after it the passes that the backend asks for and that are not in it."""
+    from trimtab.passes.pipeline import Pipeline, parse_pipeline
+
+    given = parse_pipeline(pipeline)
+    names = {pass_.name for pass_ in given.passes}
+    own = (pass_ for pass_ in parse_pipeline(backend.passes).passes if pass_.name not in names)
+    return str(Pipeline((*given.items, *own)))
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,13 @@ class BackendStatus:
 
 
 class Backend(Protocol):
-    """A code generator. Importing its package is cheap; the compiler behind it is loaded at first use."""
+    """A code generator. Importing its package is cheap; the compiler behind it is loaded at first use.
+
+    Attributes:
+        passes: the pipeline that ``compile`` runs after the user's, in the form the backend wants modules in.
+    """
+
+    passes: str
 
     def check(self, module: Module, target: str = "") -> None:
         """Raise :class:`~trimtab.errors.UnsupportedByBackendError` listing every op that cannot be compiled."""

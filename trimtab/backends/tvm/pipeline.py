@@ -12,7 +12,7 @@ from trimtab.backends.tvm.codegen.schedule import schedule_module
 
 
 def lowering_passes(machine: Machine) -> Any:
-    """Legalise, fuse, schedule with our kernels, plan memory and lower to the virtual machine."""
+    """Legalise, generate the loops of our kernels, plan memory and lower to the virtual machine."""
 
     @tvm.transform.module_pass(opt_level=0, name="ScheduleKernels")
     def schedule(module: Any, context: Any) -> Any:
@@ -20,10 +20,6 @@ def lowering_passes(machine: Machine) -> Any:
 
     return tvm.transform.Sequential([
         relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
-        relax.transform.DeadCodeElimination(),
-        relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
         relax.transform.RewriteDataflowReshape(),
         schedule,

@@ -85,9 +85,8 @@ class Fused(Op):
         given, expected = [v.type for v in self.body.inputs], [v.type for v in self.inputs]
         if given != expected:
             fail("the body's inputs are the operands", body=list(map(str, given)), expected=list(map(str, expected)))
-        outputs = self.body.outputs
-        if not outputs or len(set(outputs)) < len(outputs) or any(value.producer is None for value in outputs):
-            fail("the body returns values that it computes, each once", outputs=list(outputs))
+        if not self.body.outputs:
+            fail("a kernel has a result")
         nested = [op.name for op in self.body.ops if op.regions]
         if nested:
             fail("a kernel has no regions inside", ops=nested)
