@@ -31,5 +31,5 @@ def test_tables_list_every_pass_with_its_contract() -> None:
             assert row is not None, f"{name} is missing"
             assert row[1] == str(load_pass(name).contract)
     for name in group_names():
-        passes = " ".join(f"`{pass_}`" for pass_ in load_group(name).passes)
+        passes = " ".join(f"`{pass_}`" for pass_ in load_group(name).items)
         assert f"| `{name}` | {passes} |" in PAGE

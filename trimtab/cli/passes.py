@@ -48,7 +48,7 @@ def _group(name: str) -> dict[str, Any]:
     return {
         "name": group.name,
         "summary": group.summary,
-        "passes": [str(pass_) for pass_ in group.passes],
+        "passes": [str(item) for item in group.items],
         "rounds": group.rounds,
     }
 

@@ -81,24 +81,26 @@ class _Run:
         original = self._module
         self._macs = _macs(original)
         for item in self._pipeline.items:
-            if isinstance(item, Group):
-                self._group(item)
-            else:
-                self._apply(item, "", 1)
+            self._item(item, "", 1)
         for observer in reversed(self._observers):
             observer.pipeline_finished(self._module, self._report)
         self._report.seconds = time.perf_counter() - started
         return original.copy() if self._module is original else self._module, self._report
 
-    def _group(self, group: Group) -> None:
-        unchanged = 0
-        for round in range(1, group.rounds + 1):
-            for pass_ in group.passes:
-                unchanged = 0 if self._apply(pass_, group.name, round) else unchanged + 1
-                if unchanged == len(group.passes):
-                    return
-        if group.rounds > 1:
-            self._report.notes.append(f"the group {group.name} still changed the module after {group.rounds} rounds")
+    def _item(self, item: Pass | Group, group: str, round: int) -> bool:
+        """Run a pass, or a group until its items change nothing any more. Returns whether anything changed."""
+        if not isinstance(item, Group):
+            return self._apply(item, group, round)
+        changed, unchanged = False, 0
+        for turn in range(1, item.rounds + 1):
+            for part in item.items:
+                here = self._item(part, item.name, turn)
+                changed, unchanged = changed or here, 0 if here else unchanged + 1
+                if unchanged == len(item.items):
+                    return changed
+        if item.rounds > 1:
+            self._report.notes.append(f"the group {item.name} still changed the module after {item.rounds} rounds")
+        return changed
 
     def _apply(self, pass_: Pass, group: str, round: int) -> bool:
         before = self._module

@@ -28,18 +28,23 @@ class Group:
 
     Attributes:
         name: what the group is called in pipelines.
-        passes: the passes in order.
+        items: the passes in order, and groups of them.
         rounds: how often to run them at most; they stop as soon as a whole round changes nothing.
         summary: one line about the group.
     """
 
     name: str
-    passes: tuple[Pass, ...]
+    items: tuple[Pass | Group, ...]
     rounds: int = 1
     summary: str = ""
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def passes(self) -> Iterator[Pass]:
+        """Every pass once, inner groups opened."""
+        return _passes_of(self.items)
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,27 @@ class _GroupDeclaration:
     summary: str
 
 
-# Equal weights make equal expressions, and a weight is folded only when one op is left that reads it: hence the order.
 _GROUPS = {
+    # Equal weights make equal expressions, and a weight is folded only when one op is left that reads it: hence the
+    # order.
     "cleanup": _GroupDeclaration(
         "dedup-weights,simplify-identities,simplify-reshapes,simplify-permutes,cse,fold-constants,dce",
         rounds=8,
         summary="exact clean-up, repeated until nothing changes",
     ),
+    # Attention last: it is found between linear layers, once masks and shared heads have their simplest form.
+    "raise": _GroupDeclaration(
+        "raise-linear,raise-activations,raise-gelu,raise-silu,raise-layer-norm,raise-rms-norm,raise-rotary,"
+        "simplify-indexing,unmerge-batch-axes,raise-attention,simplify-masks,remove-repeat-kv,cleanup",
+        rounds=4,
+        summary="whole layers from the pieces in which models and exporters write them",
+    ),
+    # Scales go into the weights while these are still apart; packing comes when nothing is folded any more.
     "fuse": _GroupDeclaration(
-        "raise-linear,simplify-permutes,fold-constants,dce", rounds=1, summary="exact raising, packing and fusion"
+        "raise,merge-adapters,fold-conv-affine,raise-patch-embedding,fold-layer-scale,fold-scale,"
+        "fold-norm-affine,push-slices,pack-linears,cleanup",
+        rounds=1,
+        summary="exact raising, folding, packing and the removal of work that nobody reads",
     ),
 }
 
@@ -69,8 +86,9 @@ def group_names() -> list[str]:
 def load_group(name: str) -> Group:
     """The group called ``name``, one of :func:`group_names`."""
     declared = _GROUPS[name]
-    passes = tuple(load_pass(part)() for part in declared.passes.split(","))
-    return Group(name, passes, declared.rounds, declared.summary)
+    parts = declared.passes.split(",")
+    items = tuple(load_group(part) if part in _GROUPS else load_pass(part)() for part in parts)
+    return Group(name, items, declared.rounds, declared.summary)
 
 
 @dataclass(frozen=True)
@@ -85,8 +103,12 @@ class Pipeline:
     @property
     def passes(self) -> Iterator[Pass]:
         """Every pass once, groups opened."""
-        for item in self.items:
-            yield from item.passes if isinstance(item, Group) else (item,)
+        return _passes_of(self.items)
+
+
+def _passes_of(items: tuple[Pass | Group, ...]) -> Iterator[Pass]:
+    for item in items:
+        yield from item.passes if isinstance(item, Group) else (item,)
 
 
 def parse_pipeline(text: str) -> Pipeline:
