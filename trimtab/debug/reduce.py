@@ -73,6 +73,11 @@ class _Reducer:
         self._fix_symbols()
         # A user's check may insist on the inputs that it knows: inner values then become constants.
         stand_in = _new_input if self._holds_for(_with_another_input(self.module)) else _new_constant
+        # Large parts first, and then small sizes, so that most candidates are evaluated in no time.
+        self._keep_one_output()
+        self._move_outputs_up()
+        self._cut_ops(stand_in, shortest=max(1, len(self.module.main.ops) // 8))
+        self._shorten_axes()
         before = ""
         while before != (before := _text(self.module)):
             self._keep_one_output()
@@ -144,10 +149,10 @@ class _Reducer:
             if any(self._try(_promote, position, index) for index in range(len(op.regions))):
                 return
 
-    def _cut_ops(self, stand_in: StandIn) -> None:
+    def _cut_ops(self, stand_in: StandIn, shortest: int = 1) -> None:
         """Replace the results of a row of ops, long rows first."""
         length = max(1, len(self.module.main.ops) // 2)
-        while length:
+        while length >= shortest:
             start = 0
             while start < len(self.module.main.ops):
                 if not self._try(_cut, start, length, stand_in):
