@@ -15,12 +15,12 @@ from typing import Any
 from tvm import ir, relax, tirx
 
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.kernels import Inner, Kernel, Leaf, Source, build_function, is_one_kernel
+from trimtab.backends.tvm.kernels import Inner, Kernel, Leaf, Source, build_function, is_one_kernel, lowering
 from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.registry import Scope, tvm_dtype
 from trimtab.backends.tvm.views import View, view_of
-from trimtab.errors import BackendError, InternalError, TrimtabError
+from trimtab.errors import InternalError
 from trimtab.ir import ops
 from trimtab.ir.attributes import attribute_symbols
 from trimtab.ir.core import Graph, Module, Value
@@ -179,7 +179,7 @@ class _GraphEmitter:
         return self.values[value]
 
     def _emit(self, op: Op) -> None:
-        try:
+        with lowering(op):
             if isinstance(op, ops.Repeat):
                 self._emit_repeat(op)
             elif isinstance(op, ops.Fused):
@@ -193,14 +193,6 @@ class _GraphEmitter:
                 return  # absorbed by the op that reads it
             else:
                 self._call([op], op.results)
-        except TrimtabError:
-            raise
-        except Exception as error:
-            raise BackendError(
-                "an op could not be lowered", values={"op": op.name, "error": str(error).strip().splitlines()[-1:]},
-                rule="the TVM backend failed on an op that it claims to support", fix="report the module as a bug",
-                where=f"op {op!r}", location=op.location,
-            ) from error  # fmt: skip
 
     def _emit_fused(self, op: Any) -> None:
         """One call where the code generator can make one kernel of the body, else a call per op."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from trimtab.backends.tvm.codegen.program import LOOPS
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.creation import constant_of
 from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, const, tvm_dtype
-from trimtab.errors import InternalError
+from trimtab.errors import BackendError, InternalError, TrimtabError
 from trimtab.ir.core import Value
 from trimtab.ir.dims import Dim
 from trimtab.ir.op import Op
@@ -122,12 +123,24 @@ def build_function(kernel: Kernel, machine: Machine) -> tuple[Any, list[str]]:
     make = _loop_function if loops else _tensor_function
     function = make(kernel, scope, operands, params, stored)
     function = function.with_attr({"tirx.noalias": True, "s_tir": True})
-    pattern = 8 if others else first.pattern
-    if pattern is not None:
-        function = function.with_attr("op_pattern", pattern)
     if "global_symbol" in function.attrs:
         function = function.without_attr("global_symbol")
     return function, scope.free_symbols(stored)
+
+
+@contextmanager
+def lowering(op: Op) -> Iterator[None]:
+    """Report whatever goes wrong inside as a failure to lower ``op``."""
+    try:
+        yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            "an op could not be lowered", values={"op": op.name, "error": str(error).strip().splitlines()[-1:]},
+            rule="the TVM backend failed on an op that it claims to support", fix="report the module as a bug",
+            where=f"op {op!r}", location=op.location,
+        ) from error  # fmt: skip
 
 
 def _rule(op: Op) -> Rule:
@@ -187,7 +200,8 @@ def _tensor_function(
         return Operand(type, scope.shape(type.shape), made[source.op][source.result])
 
     for op, sources in zip(kernel.ops, kernel.sources, strict=True):
-        outcome = _rule(op).function(op, scope, *_resolve(sources, operand))
+        with lowering(op):
+            outcome = _rule(op).function(op, scope, *_resolve(sources, operand))
         made.append(outcome if isinstance(outcome, list) else [outcome])
     symbols = [scope.variables[name] for name in scope.free_symbols(stored)]
     return te.create_prim_func([*params, *symbols, *(made[place.op][place.result] for place in kernel.outputs)])

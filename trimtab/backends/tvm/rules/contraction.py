@@ -7,7 +7,6 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.registry import (
-    FUSE_EPILOGUE,
     Expr,
     Operand,
     Scope,
@@ -31,7 +30,7 @@ def rounded(op: Any, scope: Scope, tensor: Any) -> Any:
     return compute(scope.shape(result.shape), lambda *i: tirx.Cast(dtype, tensor(*i)), op.name + "_round")
 
 
-@lowers(ops.Linear, pattern=FUSE_EPILOGUE)
+@lowers(ops.Linear)
 def _linear(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
     work = work_type(x.dtype)
     k = te.reduce_axis((i64(0), x.shape[-1]), "k")
@@ -52,7 +51,7 @@ def _linear(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | 
     return rounded(op, scope, product)
 
 
-@lowers(ops.Matmul, pattern=FUSE_EPILOGUE, absorbs_permute=True)
+@lowers(ops.Matmul, absorbs_permute=True)
 def _matmul(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
     work = work_type(x.dtype)
     depth = x.shape[-1]
@@ -95,7 +94,7 @@ def _letters(op: Any) -> tuple[list[list[str]], list[str]]:
     return inputs, stars + sorted({letter for letter in flat if not letter.startswith("*") and flat.count(letter) == 1})
 
 
-@lowers(ops.Einsum, pattern=FUSE_EPILOGUE, check=lambda op: "" if op.operands_list else "it has no operands")
+@lowers(ops.Einsum, check=lambda op: "" if op.operands_list else "it has no operands")
 def _einsum(op: Any, scope: Scope, values: list[Operand]) -> Any:
     inputs, output = _letters(op)
     sizes: dict[str, Dim] = {}

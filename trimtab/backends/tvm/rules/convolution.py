@@ -9,8 +9,6 @@ from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.rules.registry import (
-    FUSE_EPILOGUE,
-    STAYS_ALONE,
     Expr,
     Operand,
     Scope,
@@ -39,7 +37,7 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], work: str) -
     return lambda *i: tensor(*i)
 
 
-@lowers(ops.Conv1d, ops.Conv2d, ops.Conv3d, pattern=FUSE_EPILOGUE)
+@lowers(ops.Conv1d, ops.Conv2d, ops.Conv3d)
 def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
     work = work_type(x.dtype)
     read = padded(x, op.padding, op.padding, work)
@@ -76,7 +74,7 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
     return rounded(op, scope, product)
 
 
-@lowers(ops.ConvTranspose1d, ops.ConvTranspose2d, pattern=STAYS_ALONE)
+@lowers(ops.ConvTranspose1d, ops.ConvTranspose2d)
 def _transposed(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
     """Gather form: result(y) sums x((y + p - t d) / s) w(t) over the taps t for which the quotient is exact."""
     work = work_type(x.dtype)

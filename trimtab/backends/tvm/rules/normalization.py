@@ -8,7 +8,6 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.registry import (
-    STAYS_ALONE,
     Expr,
     Operand,
     Scope,
@@ -30,7 +29,7 @@ def _count(extents: Sequence[Expr], dtype: str) -> Expr:
     return tirx.Cast(dtype, total)
 
 
-@lowers(ops.LayerNorm, pattern=STAYS_ALONE)
+@lowers(ops.LayerNorm)
 def _layer_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias: Operand | None) -> Any:
     work, result = work_type(x.dtype), tvm_dtype(op.result.type.dtype)
     rows, tail = x.shape[: x.rank - op.axes], x.shape[x.rank - op.axes :]
@@ -71,7 +70,7 @@ def _layer_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias:
     return compute(x.shape, normalized, "layer_norm")
 
 
-@lowers(ops.RmsNorm, pattern=STAYS_ALONE)
+@lowers(ops.RmsNorm)
 def _rms_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None) -> Any:
     work, result = work_type(x.dtype), tvm_dtype(op.result.type.dtype)
     rows, tail = x.shape[: x.rank - op.axes], x.shape[x.rank - op.axes :]
@@ -95,7 +94,7 @@ def _rms_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None) -> Any:
     return compute(x.shape, normalized, "rms_norm")
 
 
-@lowers(ops.GroupNorm, pattern=STAYS_ALONE)
+@lowers(ops.GroupNorm)
 def _group_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias: Operand | None) -> Any:
     work, result = work_type(x.dtype), tvm_dtype(op.result.type.dtype)
     batch, channels, *spatial = x.shape

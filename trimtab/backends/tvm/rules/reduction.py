@@ -10,7 +10,6 @@ from tvm import te, tirx
 
 from trimtab.backends.tvm.codegen.comparison import eq, is_float, is_nan, is_nonzero
 from trimtab.backends.tvm.rules.registry import (
-    STAYS_ALONE,
     Expr,
     Operand,
     Scope,
@@ -102,7 +101,7 @@ def _truth_reduce(op: Any, scope: Scope, x: Operand) -> Any:
     return _bool_reduce(op, scope, x)
 
 
-@lowers(ops.Argmax, ops.Argmin, pattern=STAYS_ALONE)
+@lowers(ops.Argmax, ops.Argmin)
 def _arg_extremum(op: Any, scope: Scope, x: Operand) -> Any:
     kind = "max" if isinstance(op, ops.Argmax) else "min"
 
@@ -122,7 +121,7 @@ def _arg_extremum(op: Any, scope: Scope, x: Operand) -> Any:
     return reduce(x.shape, (op.dim,), op.keepdim, "min", position, op.name)
 
 
-@lowers(ops.Softmax, ops.LogSoftmax, pattern=STAYS_ALONE)
+@lowers(ops.Softmax, ops.LogSoftmax)
 def _softmax(op: Any, scope: Scope, x: Operand) -> Any:
     work, result = work_type(x.dtype), tvm_dtype(op.result.type.dtype)
     if x.rank == 0:

@@ -173,23 +173,18 @@ class Rule:
     Attributes:
         function: for ``loops`` rules, makes a statement from ``(op, scope, targets, *operands)``; else makes TE tensors
             from ``(op, scope, *operands)``.
-        pattern: TVM's fusion kind to force (4: takes an elementwise epilogue, 8: stays alone); None lets TVM look.
         check: returns why this very op cannot be lowered, or "".
         loops: whether the function writes loops itself.
         absorbs_permute: whether operands may be read through a permutation or slice instead of being copied first.
     """
 
     function: RuleFunction
-    pattern: int | None = None
     check: Callable[[Any], str] = field(default=lambda op: "")
     loops: bool = False
     absorbs_permute: bool = False
 
 
 _RULES: dict[type[Op], Rule] = {}
-
-FUSE_EPILOGUE = 4
-STAYS_ALONE = 8
 
 
 def _supported(op: Any) -> str:
@@ -198,7 +193,6 @@ def _supported(op: Any) -> str:
 
 def lowers(
     *classes: type[Op],
-    pattern: int | None = None,
     check: Callable[[Any], str] = _supported,
     absorbs_permute: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
@@ -206,7 +200,7 @@ def lowers(
 
     def register(function: RuleFunction) -> RuleFunction:
         for cls in classes:
-            _RULES[cls] = Rule(function, pattern, check, absorbs_permute=absorbs_permute)
+            _RULES[cls] = Rule(function, check, absorbs_permute=absorbs_permute)
         return function
 
     return register
@@ -219,7 +213,7 @@ def loops_for(
 
     def register(function: RuleFunction) -> RuleFunction:
         for cls in classes:
-            _RULES[cls] = Rule(function, STAYS_ALONE, check, loops=True, absorbs_permute=absorbs_permute)
+            _RULES[cls] = Rule(function, check, loops=True, absorbs_permute=absorbs_permute)
         return function
 
     return register

@@ -10,7 +10,6 @@ from tvm import te, tirx
 
 from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.rules.registry import (
-    STAYS_ALONE,
     Expr,
     Operand,
     Scope,
@@ -57,7 +56,7 @@ def _clamp(place: Expr, size: Expr) -> Expr:
     return tirx.max(i64(0), tirx.min(place, size - i64(1)))
 
 
-@lowers(ops.Resize2d, pattern=STAYS_ALONE)
+@lowers(ops.Resize2d)
 def _resize(op: Any, scope: Scope, x: Operand) -> Any:
     work = work_type(x.dtype) if op.x.type.dtype.is_floating else "float32"
     size = scope.shape(op.size)
