@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 # Worker processes of the test suite; each uses one thread (tests/conftest.py).
 WORKERS ?= 2
 
-.PHONY: help setup lint types test demo clean
+.PHONY: help setup browser lint types test demo clean
 
 help:
 	@echo "make setup   build $(VENV) with everything needed to develop (does nothing when it is up to date)"
 	@echo "make test    setup, then lint, types and the whole test suite"
+	@echo "make browser setup, then a Chromium for the tests of the report page, which are skipped where there is none"
 	@echo "make demo    setup, then train, compile and run a small model"
 	@echo "make lint    ruff;  make types  mypy;  make clean  remove $(VENV), caches and build output"
 
@@ -27,6 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@
+
+# A Chromium that is there already, else Debian's, else the one that Playwright downloads.
+browser: setup
+	@$(BIN)/python benchmarks/browser.py || \
+	    { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	      apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
+	    $(BIN)/playwright install chromium
+	@$(BIN)/python benchmarks/browser.py > /dev/null
 
 lint: setup
 	$(BIN)/ruff check .

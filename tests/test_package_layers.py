@@ -34,6 +34,7 @@ ROOMS = {
     "frontend": _room("ir", "networkx numpy onnx onnx_ir torch"),
     "passes": _room("ir", "networkx numpy torch"),
     "debug": _room("ir passes", "numpy torch"),
+    "report": _room("ir passes", "numpy"),
     "backends": _room("ir", "numpy torch"),
     "backends/torch": _room("ir backends", "numpy torch"),
     "backends/onnx": _room("ir backends", "numpy onnx onnx_ir torch"),

@@ -15,6 +15,7 @@ from trimtab.cli.command_options import (
     ThreadsOption,
     require_directory,
 )
+from trimtab.cli.report_option import ReportOption, reporting
 from trimtab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def compile_command(
             help="Carry the backend's runtime library in the file; without it the device needs the backend installed.",
         ),
     ] = True,
+    report: ReportOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -61,8 +63,11 @@ def compile_command(
     import trimtab
     from trimtab.compiler import DEFAULT_PIPELINE
 
+    pipeline = DEFAULT_PIPELINE if passes is None else passes
+    if report is not None and not pipeline:
+        raise UsageError("there is nothing to report", rule="no passes run", fix="leave out --report, or name --passes")
     seconds: dict[str, float] = {}
-    with progress_bar("compile") as update:
+    with progress_bar("compile") as update, reporting(report, model) as recorders:
         start = time.perf_counter()
         update("import the model", 0.0)
         module = load_model(model)
@@ -72,10 +77,11 @@ def compile_command(
             target=target,
             backend=backend,
             threads=threads,
-            pipeline=DEFAULT_PIPELINE if passes is None else passes,
+            pipeline=pipeline,
             include_runtime=runtime_library,
             name=model_name(model),
             progress=part(update, 0.15, 0.85),
+            observers=recorders,
         )
         seconds |= artifact.seconds
         update("write and check", 0.85)
@@ -83,6 +89,7 @@ def compile_command(
         artifact.save(path)
         seconds["write and check"] = time.perf_counter() - start
     document = _describe(path, artifact, target, seconds)
+    document["report_page"] = str(report) if report is not None else None
     if json:
         from trimtab.cli.output import print_json
 
@@ -127,3 +134,5 @@ def _print(document: dict[str, Any]) -> None:
     to.print(f"  passes   {document['pipeline'] or 'none'}")
     stages = ", ".join(f"{stage} {text_seconds(value)}" for stage, value in document["seconds"].items())
     to.print(f"  time     {stages}")
+    if document["report_page"]:
+        to.print(f"  report   {document['report_page']}")

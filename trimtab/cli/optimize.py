@@ -15,6 +15,7 @@ from trimtab.cli.command_options import (
     require_directory,
     split_counts,
 )
+from trimtab.cli.report_option import ReportOption, reporting
 from trimtab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def optimize_command(
         list[Path] | None,
         typer.Option(metavar="FILE.npz", help="A batch of real inputs, one array per input (repeatable)."),
     ] = None,
+    report: ReportOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -59,10 +61,10 @@ def optimize_command(
 
     pipeline = DEFAULT_PIPELINE if passes is None else passes
     batches = _read_batches(calibration or ())
-    with progress_bar("optimize") as update:
+    with progress_bar("optimize") as update, reporting(report, model) as recorders:
         update("import the model", 0.0)
         module = load_model(model)
-        observers = _observers(dump, update, pipeline)
+        observers = [*_observers(dump, update, pipeline), *recorders]
         result = trimtab.optimize(module, pipeline, calibration=batches, expect=counts or None, observers=observers)
         if output is not None:
             update("write", 0.95)
@@ -76,6 +78,7 @@ def optimize_command(
         "weight_bytes": result.module.weight_bytes,
         "write_seconds": written if output is not None else 0.0,
         "report": result.report.to_dict(),
+        "report_page": str(report) if report is not None else None,
     }
     if json:
         from trimtab.cli.output import print_json
@@ -152,3 +155,5 @@ def _print(document: dict[str, Any]) -> None:
     )
     if document["output"]:
         to.print(f"written to {document['output']}")
+    if document["report_page"]:
+        to.print(f"report in {document['report_page']}")

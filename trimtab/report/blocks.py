@@ -25,23 +25,23 @@ _CANDIDATES = 24
 
 
 class Section(NamedTuple):
-    """``count`` blocks of ``length`` consecutive ops each, all alike; a part that does not repeat has a count of 1.
+    """``times`` blocks of ``length`` consecutive ops each, all alike; what does not repeat is a block that occurs once.
 
     Attributes:
         start: position of the first op.
         length: ops of one block.
-        count: number of blocks.
+        times: number of blocks.
         cuts: positions within a block at which a stretch begins, the first 0.
     """
 
     start: int
     length: int
-    count: int
+    times: int
     cuts: tuple[int, ...]
 
     @property
     def stop(self) -> int:
-        return self.start + self.length * self.count
+        return self.start + self.length * self.times
 
 
 def sections(kinds: Sequence[int], last_reads: Sequence[int]) -> list[Section]:
@@ -63,9 +63,9 @@ def sections(kinds: Sequence[int], last_reads: Sequence[int]) -> list[Section]:
                 found.append(Section(start, stop - start, 1, _cuts(crossing, start, stop - start)))
             continue
         first, length, covered = repetition
-        # What repeats may be longer than a whole number of blocks: begin where the fewest values pass.
-        slack = covered % length
-        begin = min(range(start + first, start + first + slack + 1), key=lambda position: crossing[position])
+        # What repeats may be longer than a whole number of blocks: let the fewest values pass from block to block.
+        places = range(start + first, start + first + covered % length + 1)
+        begin = min(places, key=lambda place: crossing[place + length])
         section = Section(begin, length, covered // length, _cuts(crossing, begin, length))
         found.append(section)
         ranges += [(start, begin), (section.stop, stop)]

@@ -7,7 +7,6 @@ equal ops recognised by what they compute.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -98,7 +97,7 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._count = itertools.count()
+        self._next = 0
         self._module = _Known()  # of the module that was recorded last
         self._copy = self._module  # of the copy that a pass edits now
         self._weights: dict[str, tuple[int, str, int]] = {}
@@ -175,7 +174,9 @@ class History:
     # -- numbers ------------------------------------------------------------------------------------------------
 
     def _fresh(self, count: int = 1) -> int:
-        return [next(self._count) for _ in range(max(count, 1))][0]
+        """The first of ``count`` consecutive numbers, at least one."""
+        first, self._next = self._next, self._next + max(count, 1)
+        return first
 
     def _number_inputs(self, path: str, graph: Graph) -> tuple[int, ...]:
         known = self._last_inputs.get(path, ())
@@ -205,7 +206,9 @@ class History:
                 self._weights[value.weight] = (self._fresh(), str(value.type), size)
             return self._weights[value.weight][0]
         if value.producer is None:
-            return self._copy.inputs[value] if value in self._copy.inputs else self._copy.inputs.setdefault(value, self._fresh())
+            if value not in self._copy.inputs:
+                self._copy.inputs[value] = self._fresh()
+            return self._copy.inputs[value]
         if value.producer not in self._copy.numbers:  # after a failure, an op that is in no graph may still be read
             self._copy.numbers[value.producer] = self._fresh(len(value.producer.results))
         return self._copy.numbers[value.producer] + value.index
@@ -272,11 +275,11 @@ class History:
             is_default = not declared.is_required and print_attribute(declared.default) == text
             attributes.append((name, text, is_default))
         names: list[int] = []
-        for field, held in op.arguments():
+        for operand, held in op.arguments():
             if isinstance(held, tuple):
-                names += [self._strings(f"{field.name}[{index}]") for index in range(len(held))]
+                names += [self._strings(f"{operand.name}[{index}]") for index in range(len(held))]
             elif held is not None:
-                names.append(self._strings(field.name))
+                names.append(self._strings(operand.name))
         return _Fixed(
             self._strings(op.name),
             self._strings(op.made_by),

@@ -111,11 +111,11 @@ class App {
   setFolded(section, folded) {
     const graphs = this.graphs().filter(Boolean);
     const graph = graphs.find((one) => one.sections.includes(section));
-    const ops = new Set(graph.ops.slice(section.start, section.start + section.length * section.count).map((op) => op.number));
+    const ops = new Set(graph.ops.slice(section.start, section.start + section.length * section.times).map((op) => op.number));
     for (const other of graphs) {
       for (const one of other.sections) { // the same blocks on the other side
-        const inside = other.ops.slice(one.start, one.start + one.length * one.count);
-        if (one.count < 2 || !inside.some((op) => ops.has(op.number))) continue;
+        const inside = other.ops.slice(one.start, one.start + one.length * one.times);
+        if (one.times < 2 || !inside.some((op) => ops.has(op.number))) continue;
         if (folded) this.unfolded.delete(this.keyOf(other, one));
         else this.unfolded.add(this.keyOf(other, one));
       }

@@ -77,7 +77,7 @@ class Layout {
     const { graph, nodes } = this;
     const stretches = [];
     for (const section of graph.sections) {
-      for (let block = 0; block < section.count; block++) {
+      for (let block = 0; block < section.times; block++) {
         section.cuts.forEach((start, index) => {
           const stop = section.cuts[index + 1] ?? section.length;
           const base = section.start + block * section.length;
@@ -160,7 +160,7 @@ class Layout {
     for (let index = 0; index < this.stretches.length; index++) {
       const stretch = this.stretches[index];
       const { section, block } = stretch;
-      const several = section !== null && section.count > 1;
+      const several = section !== null && section.times > 1;
       const folded = several && block > 0 && isFolded(section);
       if (folded && previous?.fold === section) {
         this.hide(stretch, previous);

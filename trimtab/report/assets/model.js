@@ -68,7 +68,7 @@ class Graph {
     this.path = data.path;
     this.inputs = data.inputs.map(([number, name, type]) => ({ number, name: text(name), type: text(type) }));
     this.outputs = data.outputs.map(([name, number]) => ({ name: text(name), number }));
-    this.sections = data.sections.map(([start, length, count, cuts]) => ({ start, length, count, cuts }));
+    this.sections = data.sections.map(([start, length, times, cuts]) => ({ start, length, times, cuts }));
     this.ops = [];
     for (let index = 0; index < data.runs.length; index += 2) {
       for (let offset = 0; offset < data.runs[index + 1]; offset++) {

@@ -193,7 +193,7 @@ class Picture {
       context.font = FONT.note;
       context.textAlign = "left";
       context.textBaseline = "alphabetic";
-      context.fillText(`block ${band.block + 1} of ${band.section.count}`, band.left + 12, band.top - 6);
+      context.fillText(`block ${band.block + 1} of ${band.section.times}`, band.left + 12, band.top - 6);
     }
   }
 
@@ -343,7 +343,7 @@ class Picture {
     context.textBaseline = "middle";
     context.fillStyle = ink.text;
     context.font = FONT.title;
-    const more = fold.count - 1;
+    const more = fold.times - 1;
     context.fillText(`${more} more block${more > 1 ? "s" : ""} of ${text.count(fold.length)} ops`, 0, top + 27);
     const counts = { added: 0, removed: 0, changed: 0 };
     for (const node of members) if (this.marks.has(node.number)) counts[this.marks.get(node.number)]++;
