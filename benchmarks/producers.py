@@ -143,7 +143,7 @@ def _by_file(write: Callable[[Source, Path], None], source: Source) -> Module:
         path = Path(folder) / "model.onnx"
         write(source, path)
         model = onnx.load(path)  # into memory: the folder goes, and weights are read when they are needed
-    return from_onnx(model, raise_patterns=False)
+    return from_onnx(model)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Decomposed patterns become whole ops where that changes nothing, and stay where it would."""
+"""Layers that ONNX files have in pieces: the group ``raise`` makes them whole where that changes nothing."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from onnx import TensorProto
 from onnx_models import info, model, names, node, normal, run
 
 from trimtab.frontend.onnx import from_onnx
+from trimtab.passes.optimize import optimize
 
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
 
 
 def check(nodes, weights, inputs, expected: list[str], opset: int = 20, shapes=None):
-    """Import raised and unraised: the ops are ``expected``, the results agree."""
+    """Import and raise: the ops are ``expected``, the results agree."""
     declared = [info(name, (shapes or {}).get(name, list(x.shape))) for name, x in inputs.items()]
-    proto = model(nodes, declared, ["y"], weights, opset=opset)
-    raised = from_onnx(proto)
-    plain = from_onnx(proto, raise_patterns=False)
+    plain = from_onnx(model(nodes, declared, ["y"], weights, opset=opset))
+    raised = optimize(plain, "raise").module
     assert names(raised) == expected
     assert raised.weight_bytes <= plain.weight_bytes
     torch.testing.assert_close(run(raised, *inputs.values()), run(plain, *inputs.values()), rtol=1e-5, atol=1e-6)
@@ -80,7 +80,7 @@ def test_a_mean_of_another_value_is_no_layer_norm():
     nodes = layer_norm_nodes("pow", "div")
     nodes[0] = node("ReduceMean", ["z", "last"], ["m"])
     proto = model(nodes, [info("x", [2, 8]), info("z", [2, 8])], ["y"], weights)
-    assert {"layer_norm", "rms_norm"} & set(names(from_onnx(proto))) == {"rms_norm"}
+    assert {"layer_norm", "rms_norm"} & set(names(optimize(from_onnx(proto), "raise").module)) == {"rms_norm"}
 
 
 def test_rms_norm():
@@ -206,6 +206,7 @@ def test_tied_embeddings_stay_one_weight():
     w = normal(50, 40)
     nodes = [node("Gather", ["w", "i"], ["e"]), node("Transpose", ["w"], ["t"]), node("MatMul", ["e", "t"], ["y"])]
     module = from_onnx(model(nodes, [info("i", [2, 3], TensorProto.INT64)], ["y"], {"w": w}))
+    module = optimize(module, "raise").module
     assert names(module) == ["embedding", "linear"]
     assert list(module.weights) == ["w"]
 

@@ -1,8 +1,8 @@
 """ONNX models to IR.
 
 The way of a model: ``loading`` opens and checks the file, ``importer`` walks the graph and calls a handler a node
-(``ops/``, found through ``registry``), ``emitter`` builds the ops and computes what is known, ``raising/`` puts
-decomposed layer norms, attentions and activations together again.
+(``ops/``, found through ``registry``), ``emitter`` builds the ops and computes what is known.  Layers that the file has
+in pieces stay in pieces here: passes put them together, the same for every producer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ def from_onnx(
     *,
     dims: Mapping[str, DimSpec] | None = None,
     constants: Mapping[str, Any] | None = None,
-    raise_patterns: bool = True,
 ) -> Module:
     """Import an ONNX model, opset 11 or newer.
 
@@ -38,7 +37,6 @@ def from_onnx(
             has at least one element and no upper limit, unless the model makes sense only within one.
         constants: contents of inputs that are fixed at import, by name (numpy arrays or tensors). An input that holds a
             shape, axes or a number of elements must be fixed, because shapes are known when a model is imported.
-        raise_patterns: put decomposed layer norms, attentions, GELUs and linear layers together into whole ops.
 
     Returns:
         A module that verifies. Values, weights, inputs and outputs keep the names they have in the file.
@@ -52,7 +50,7 @@ def from_onnx(
         from trimtab.frontend.onnx.importer import import_model
         from trimtab.frontend.onnx.loading import open_model
         from trimtab.frontend.onnx.parameters import mark_parameters
-        from trimtab.frontend.onnx.raising import raise_module
+        from trimtab.ir.dead_code import remove_dead_ops
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             "importing ONNX models needs more packages",
@@ -62,8 +60,7 @@ def from_onnx(
 
     opened = open_model(model)
     module = import_model(opened, dims or {}, {name: _tensor(name, data) for name, data in (constants or {}).items()})
-    if raise_patterns:
-        raise_module(module)
+    remove_dead_ops(module)
     module.drop_unused_weights()
     mark_parameters(module)
     return module
