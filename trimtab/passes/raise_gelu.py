@@ -41,6 +41,7 @@ class RaiseGelu(RewritePass):
 @dataclass(frozen=True)
 class _Gelu(Rule):
     tolerance: float = 1e-5
+    private = False
 
     def check(self, m: Match) -> str | None:
         return None if m.x.type == m.root.type else f"a factor broadcasts x from {m.x.type} to {m.root.type}"

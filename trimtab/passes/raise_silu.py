@@ -28,6 +28,8 @@ class RaiseSilu(RewritePass):
 class Silu(Rule):
     """``x sigmoid(x)``"""
 
+    private = False
+
     def pattern(self, x: Var) -> Pattern:
         return x * op.sigmoid(x)
 

@@ -64,7 +64,7 @@ def _repeated(x: Pattern, name: str) -> Pattern:
 
 
 def _repeats(source: Value, copies: Value) -> int:
-    """How often each head of ``source`` stands in ``copies``; 0 unless it is along the axis before the last two alone."""
+    """How often each head of ``source`` stands in ``copies``; 0 if not along the axis before the last two alone."""
     before, after = source.type.shape, copies.type.shape
     if len(before) < 4 or len(before) != len(after) or before[-3] != 1 or not isinstance(after[-3], int):
         return 0
