@@ -21,7 +21,8 @@ class Drift:
     """How far the outputs of a module moved.
 
     Attributes:
-        absolute: largest ``|after - before|``; infinite where only one of them is finite.
+        absolute: largest ``|after - before|``; infinite where only one of them is finite, but 0 where ``before`` is
+            NaN: what is undefined may become anything, and only counts as differing.
         scale: largest finite ``|before|`` in the same output.
         differing: how many elements are not the same bit for bit (two NaNs count as the same).
         where: the sample, output and precision of the worst element, in words.
@@ -176,6 +177,7 @@ def measure(before: torch.Tensor, after: torch.Tensor, where: str = "") -> Drift
     scale = float(finite.max()) if finite.numel() else 0.0
     if not differing:
         return Drift(0.0, scale, 0, where)
-    gap = torch.where(same, 0.0, (wide_after - wide_before).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    unmoved = same | wide_before.isnan()
+    gap = torch.where(unmoved, 0.0, (wide_after - wide_before).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     resolution = torch.finfo(before.dtype).eps if before.dtype.is_floating_point else 0.0
     return Drift(float(gap.max()), scale, differing, where, resolution)

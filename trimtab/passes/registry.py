@@ -34,6 +34,7 @@ _OWN: Mapping[str, str] = {
     "group-fusions": "trimtab.passes.group_fusions:GroupFusions",
     "merge-adapters": "trimtab.passes.merge_adapters:MergeAdapters",
     "pack-linears": "trimtab.passes.pack_linears:PackLinears",
+    "push-slices": "trimtab.passes.push_slices:PushSlices",
     "raise-activations": "trimtab.passes.raise_activations:RaiseActivations",
     "raise-attention": "trimtab.passes.raise_attention:RaiseAttention",
     "raise-gelu": "trimtab.passes.raise_gelu:RaiseGelu",
