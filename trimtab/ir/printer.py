@@ -69,6 +69,15 @@ def describe_value(graph: Graph, value: Value) -> str:
     return f"{_Names(graph)(value)}: {value.type}"
 
 
+def value_in_words(value: Value) -> str:
+    """What a value is, in a sentence: ``the weight @w``, ``the input %x`` or ``a softmax``."""
+    if value.is_weight:
+        return f"the weight @{value.weight}"
+    if value.producer is None:
+        return f"the input %{value.name}"
+    return f"{'an' if value.producer.name[0] in 'aeiou' else 'a'} {value.producer.name}"
+
+
 def quote_name(name: str) -> str:
     """A name as it stands after ``%`` or ``@``: bare when it can be, else as a JSON string.
 

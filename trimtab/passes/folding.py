@@ -23,6 +23,7 @@ from trimtab.ir.core import Graph, Use, Value
 from trimtab.ir.dims import Dim
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
+from trimtab.ir.printer import value_in_words
 from trimtab.ir.rewrite import Match
 from trimtab.ir.types import TensorType
 from trimtab.ir.weights import ComputedSource, Weight
@@ -82,7 +83,7 @@ def producer(
     source = source_of(value)
     op = source.producer
     if not isinstance(op, (ops.Linear, *_CONVOLUTIONS, *_TRANSPOSED)):
-        return f"{_described(source)} is no result of a linear layer or convolution"
+        return f"{value_in_words(source)} is no result of a linear layer or convolution"
     here = Use(root, root.operands.index(value))
     seen = dict(readers(op.result, _channel_axis(op)))
     if here not in seen:
@@ -192,7 +193,7 @@ def _unsuitable(m: Match, op: Op, parts: Sequence[Value | None], exact: bool) ->
         if value is None:
             continue
         if not value.is_weight:
-            return f"{_described(value)} is read by {op.name} where a weight is needed"
+            return f"{value_in_words(value)} is read by {op.name} where a weight is needed"
         if not value.type.dtype.is_floating or not (exact or value.type.dtype in _FINE):
             return f"the weight @{value.weight} is too coarse to be rounded once more: {value.type.dtype}"
         count = sum(1 for _ in m.module.readers(value.weight))
@@ -204,12 +205,6 @@ def _unsuitable(m: Match, op: Op, parts: Sequence[Value | None], exact: bool) ->
 def _channel_axis(op: Op) -> int:
     """The axis of the channels in the input and in the result of a linear layer or convolution."""
     return op.result.type.rank - 1 if isinstance(op, ops.Linear) else 1
-
-
-def _described(value: Value) -> str:
-    if value.producer is not None:
-        return f"a {value.producer.name}"
-    return f"the weight @{value.weight}" if value.is_weight else f"the input %{value.name}"
 
 
 def _reader(use: Use) -> str:

@@ -10,6 +10,7 @@ from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Graph, Use, Value
 from trimtab.ir.op import Op
+from trimtab.ir.printer import value_in_words
 from trimtab.ir.rewrite import Constant, Match, Pattern, Rule, Var, maybe, one_of, op, optional, shared
 from trimtab.ir.weights import ComputedSource
 from trimtab.passes.contracts import Contract, Exact
@@ -43,7 +44,7 @@ class ProductWithWeight(Rule):
 
     def check(self, m: Match) -> str | None:
         if not m.w.is_weight or m.w.type.rank != 2:
-            return f"{m.w} is not one matrix for all rows of x"
+            return f"{value_in_words(m.w)} is not one matrix for all rows of x"
         if not _multiplies_rows(m.root.producer):
             return f"x is not a matrix for each of the products, from {m.x.type} to {m.root.type}"
         if m.transpose is not None:
@@ -92,7 +93,7 @@ class AddedBias(Rule):
         if m.product.type != m.root.type:
             return f"the sum repeats the product from {m.product.type} to {m.root.type}"
         if not m.b.is_weight or m.b.type.shape[-1:] != (outputs,) or m.b.type.elements != outputs:
-            return f"{m.b} is not a weight of {outputs} elements"
+            return f"{value_in_words(m.b)} is not a weight of {outputs} elements"
         if m.b.type.rank > 1 and sum(1 for _ in m.module.readers(m.b.weight)) > 1:
             return f"the weight @{m.b.weight} has other readers: reshaped it would be a second one"
         return None

@@ -10,6 +10,7 @@ from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dims import Dim, mod, product
+from trimtab.ir.printer import value_in_words
 from trimtab.ir.rewrite import Attr, Constant, Match, Pattern, Rule, Var, maybe, one_of, op, optional
 from trimtab.ir.weights import ComputedSource
 from trimtab.passes.contracts import Contract, Exact
@@ -59,7 +60,7 @@ class PatchEmbedding(Rule):
         if before not in (m.image.type.shape, _flat(m.image.type.shape)):
             return f"channels are not last when {m.image.type} has become {m.root.type}"
         if not m.w.is_weight or sum(1 for _ in m.module.readers(m.w.weight)) > 1:
-            return f"{m.w} is not a weight of its own"
+            return f"{value_in_words(m.w)} is not a weight with one reader"
         return None
 
     def rewrite(self, m: Match, build: Builder) -> Value:

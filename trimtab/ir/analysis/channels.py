@@ -7,6 +7,7 @@ reader sees them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -67,9 +68,9 @@ def readers(source: Value, axis: int) -> Iterator[tuple[Use, Channels]]:
 
     An op that only moves elements is not such a place, unless it mixes channels with other axes.
     """
-    waiting = [(source, Channels.along(axis, source))]
+    waiting = deque([(source, Channels.along(axis, source))])
     while waiting:
-        value, channels = waiting.pop()
+        value, channels = waiting.popleft()
         for use in value.uses:
             moved = _moved(use, channels)
             if moved is None:
