@@ -251,6 +251,17 @@ def test_every_pass_can_be_chosen(show: Any, transformer: ReportRecorder) -> Non
         assert window.page.locator(".pane:visible").count() == len(sides)
 
 
+def test_passes_that_changed_nothing_can_be_hidden(show: Any, transformer: ReportRecorder) -> None:
+    window = show(transformer)
+    rows = transformer.to_dict()["report"]["passes"]
+    window.click("#hide-idle")
+    shown = window.page.locator(".step:visible .name").all_inner_texts()
+    assert shown == ["Whole run", *(row["name"] for row in rows if row["changed"])]
+    assert "cleanup · round 2" not in window.text("#pipeline ol")
+    window.click("#hide-idle")
+    assert window.page.locator(".step:visible").count() == len(rows) + 1
+
+
 def test_what_a_pass_changed_is_marked(show: Any, transformer: ReportRecorder) -> None:
     window = show(transformer)
     rows = transformer.to_dict()["report"]["passes"]

@@ -37,7 +37,8 @@ class App {
     find("title").textContent = model.title || "Trimtab report";
     const first = model.snapshot(model.steps[0]).ops.size, last = model.snapshot(model.steps.at(-1)).ops.size;
     const parts = [`${text.count(first)} → ${text.count(last)} ops`];
-    if (passes[0]?.macs_before) parts.push(`${text.macs(passes[0].macs_before)} → ${text.macs(passes.at(-1).macs_after)} MACs`);
+    const [was, is] = [passes[0]?.macs_before, passes.at(-1)?.macs_after].map((macs) => macs && text.macs(macs));
+    if (was && is) parts.push(was === is ? `${is} MACs` : `${was} → ${is} MACs`);
     if (passes.length) parts.push(`${text.bytes(passes.at(-1).weight_bytes_after || passes[0].weight_bytes_before)} of weights`);
     find("summary").textContent = [...parts, text.seconds(model.seconds)].join(" · ");
     if (model.failure) find("summary").prepend(element("b", { class: "error" }, "failed · "));
@@ -164,7 +165,7 @@ class App {
 
   // Where to look when another pass is chosen: at the selected op, else at the first change, else at the top.
   placeAll() {
-    this.visible.forEach((picture) => picture.size.width || picture.resize());
+    this.visible.forEach((picture) => picture.resize()); // the observer comes later
     this.visible.forEach((picture) => this.place(picture, false));
     const leader = this.leader();
     if (leader) this.follow(leader);

@@ -162,7 +162,7 @@ class Details {
         ["source", location ? [element("code", { class: "place", title: location }, shortened(location)),
           op.location.function ? element("small", {}, `in ${op.location.function}`) : ""] : "unknown"],
         ["made by", op.madeBy || "the importer"],
-        op.macs ? ["MACs", text.macs(op.macs), element("small", {}, text.count(op.macs))] : null,
+        op.macs ? ["MACs", text.macs(op.macs), op.macs > 999 ? element("small", {}, text.count(op.macs)) : ""] : null,
       ]),
       heading("Operands"),
       op.operands.length ? this.values(op.operands.map(({ field, value: read }) => [field, link(read), graph.typeOf(read),

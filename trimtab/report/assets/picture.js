@@ -269,9 +269,10 @@ class Picture {
     const left = node.x - width / 2, top = node.y - height / 2;
     const family = ink.family(node.family);
     const mark = this.marks.get(node.number);
-    if (k < 0.14) {
+    if (k < 0.28) { // too small for words: colour is all there is
       context.fillStyle = mark ? ink[mark] : family.line;
       context.fillRect(left, top, width, height);
+      this.drawHalo(context, ink, node, left, top, false);
       return;
     }
     const pill = node.kind !== "op";
@@ -291,14 +292,13 @@ class Picture {
       context.fill();
     }
     this.drawHalo(context, ink, node, left, top, pill);
-    if (k < 0.28) return;
     this.writeNode(context, ink, node, left, top, pill);
   }
 
   drawHalo(context, ink, node, left, top, pill) {
     const isSelected = node.number === this.selected && node.number >= 0;
     if (!isSelected && !this.found.has(node.number)) return;
-    context.lineWidth = isSelected ? 2.5 : 2;
+    context.lineWidth = Math.max(isSelected ? 2.5 : 2, 1.5 / this.view.k);
     context.strokeStyle = isSelected ? ink.selected : ink.found;
     const out = 4;
     rounded(context, left - out, top - out, node.width + 2 * out, node.height + 2 * out, pill ? node.height : 10);

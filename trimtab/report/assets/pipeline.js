@@ -6,15 +6,19 @@ class PipelineList {
     this.entries = this.makeEntries();
     this.buttons = this.entries.map((entry) => this.button(entry));
     const list = element("ol", {});
-    let heading = "";
+    let heading = null, here = "";
     this.entries.forEach((entry, index) => {
       const { row } = entry;
-      const here = row?.group ? `${row.group}${row.round > 1 ? ` · round ${row.round}` : ""}` : "";
-      if (row && here !== heading && here) list.append(element("li", { class: "group" }, here));
-      heading = row ? here : heading;
-      list.append(element("li", {}, this.buttons[index]));
+      const group = row?.group ? `${row.group}${row.round > 1 ? ` · round ${row.round}` : ""}` : "";
+      if (group !== here) list.append(heading = element("li", { class: "group no-change" }, group));
+      here = group;
+      const isIdle = row && !row.changed && !entry.failed;
+      if (!isIdle) heading?.classList.remove("no-change");
+      list.append(element("li", { class: isIdle ? "no-change" : "" }, this.buttons[index]));
     });
-    root.replaceChildren(list);
+    const idle = this.entries.filter((entry) => entry.row && !entry.row.changed && !entry.failed).length;
+    const toggle = element("input", { type: "checkbox", id: "hide-idle", onchange: () => root.classList.toggle("busy-only", toggle.checked) });
+    root.replaceChildren(list, idle ? element("label", { class: "filter" }, toggle, `Hide ${text.count(idle)} that changed nothing`) : "");
   }
 
   // The whole run, and each application of a pass.
