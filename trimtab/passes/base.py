@@ -17,6 +17,7 @@ The fields are the command-line flags, the printed pipeline ``merge-tokens{r=13}
 
 from __future__ import annotations
 
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -112,8 +113,9 @@ class Pass(ABC):
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().split("\n")[0]
+        """The first sentence of the docstring, on one line."""
+        paragraph = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+        return re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0]
 
     @classmethod
     def declaration(cls) -> dict[str, Any]:
