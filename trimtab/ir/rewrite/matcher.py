@@ -164,7 +164,8 @@ class Matcher:
                 for reader in value.users:
                     if reader not in seen and (roots is None or type(reader) in roots):
                         seen.add(reader)
-                        yield reader.results[pattern.result if isinstance(pattern, OpPattern) else 0]
+                        result = pattern.result if isinstance(pattern, OpPattern) else 0
+                        yield from reader.results if result is None else (reader.results[result],)
 
     # -- one pattern --------------------------------------------------------------------------------------------
 
@@ -264,7 +265,7 @@ class Matcher:
 
     def _op(self, pattern: OpPattern, value: Value) -> Iterator[None]:
         found = value.producer
-        if type(found) is not pattern.cls or value.index != pattern.result:
+        if type(found) is not pattern.cls or pattern.result not in (None, value.index):
             self._fail(lambda: f"{_name(value)} is not a result of {pattern.cls.name}", found)
             return
         self._ops.append(found)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from types import EllipsisType
 from typing import Any, TypeAlias, TypeVar
 
 from trimtab.errors import UsageError
@@ -185,7 +186,7 @@ class OpPattern(Pattern):
     Attributes:
         operands: a pattern per declared operand; None where it must be absent.
         attributes: what is asked of attributes: a value, an :class:`Attr` or a predicate.
-        result: which of several results.
+        result: which of several results; None for any.
     """
 
     own_ops = 1
@@ -195,15 +196,16 @@ class OpPattern(Pattern):
         cls: type[Op],
         operands: tuple[Pattern | tuple[Pattern, ...] | None, ...],
         attributes: dict[str, Any] | None = None,
-        result: int = 0,
+        result: int | None = 0,
     ) -> None:
         self.cls = cls
         self.operands = operands
         self.attributes = attributes or {}
         self.result = result
 
-    def __getitem__(self, result: int) -> OpPattern:
-        return OpPattern(self.cls, self.operands, self.attributes, result)
+    def __getitem__(self, result: int | EllipsisType) -> OpPattern:
+        """The pattern of one result of an op that has several, or, with ``...``, of any of them."""
+        return OpPattern(self.cls, self.operands, self.attributes, None if result is ... else result)
 
     def __str__(self) -> str:
         return self.cls.name
