@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import torch
@@ -38,6 +38,9 @@ LEGACY_OPSET = 14
 _aten = torch.ops.aten
 _WHOLE_IN_CORE = (_aten.native_layer_norm, _aten.native_group_norm, _aten.gelu, _aten._fused_rms_norm)
 """Norms and activations that torch's core operator set keeps whole."""
+
+
+Result = TypeVar("Result")
 
 
 class Source:
@@ -72,6 +75,16 @@ class Source:
                 self.model, self.sample, dynamic_shapes=self.entry.dynamic_shapes(), strict=False
             )
 
+    def convert(self, use: Callable[[ExportedProgram], Result]) -> Result:
+        """``use(program)``. Where torch cannot take fused attention apart, because a view relies on how its kernel lays
+        the result out, the model is exported for the kernel that consists of matrix products."""
+        with _quiet():
+            try:
+                return use(self.program)
+            except (ValueError, torch.onnx.errors.OnnxExporterError):
+                with sdpa_kernel(SDPBackend.MATH):
+                    return use(Source(self.entry, self.eager).program)
+
 
 Producer = Callable[[Source], Module]
 
@@ -83,16 +96,14 @@ def exported(source: Source) -> Module:
 
 def decomposed(source: Source) -> Module:
     """torch.export and ``run_decompositions()``: torch's core operators, which attention is not among."""
-    with _quiet():
-        return import_program(source.program.run_decompositions())
+    return import_program(source.convert(lambda program: program.run_decompositions()))
 
 
 def decomposed_fully(source: Source) -> Module:
     """The same, with the norms and activations among the core operators taken apart as well."""
     table: dict[Any, Any] = dict(torch.export.default_decompositions().items())
     table.update(get_decompositions(_WHOLE_IN_CORE))
-    with _quiet():
-        return import_program(source.program.run_decompositions(table))
+    return import_program(source.convert(lambda program: program.run_decompositions(table)))
 
 
 def onnx_dynamo(source: Source) -> Module:
@@ -119,15 +130,8 @@ PRODUCERS: Mapping[str, Producer] = MappingProxyType(
 def write_dynamo(source: Source, path: Path) -> None:
     """Write the model with torch's exporter to ``path``."""
 
-    options: dict[str, Any] = {"input_names": list(source.entry.dynamic_axes), "verbose": False}
-    with _quiet():
-        try:
-            torch.onnx.export(source.program, f=str(path), **options)
-        except torch.onnx.errors.OnnxExporterError:
-            # torch's exporter fails on the fused attention of some models; written out as matrix products it exports.
-            with sdpa_kernel(SDPBackend.MATH):
-                shapes = source.entry.dynamic_shapes()
-                torch.onnx.export(source.model, source.sample, str(path), dynamic_shapes=shapes, **options)
+    names = list(source.entry.dynamic_axes)
+    source.convert(lambda program: torch.onnx.export(program, f=str(path), input_names=names, verbose=False))
 
 
 def write_legacy(source: Source, path: Path) -> None:
