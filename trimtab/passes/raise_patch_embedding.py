@@ -49,9 +49,10 @@ class PatchEmbedding(Rule):
 
     def check(self, m: Match) -> str | None:
         kernel = m.w.type.shape[2:]
-        if m.stride != kernel or any(m.padding) or m.groups != 1:
-            groups = f" in {m.groups} groups" if m.groups != 1 else ""
-            return f"a kernel of {kernel} with stride {m.stride} and padding {m.padding}{groups} does not cut patches"
+        if m.stride != kernel or any(m.padding) or any(step != 1 for step in m.dilation) or m.groups != 1:
+            options = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "groups": m.groups}
+            given = ", ".join(f"{name} {value}" for name, value in options.items())
+            return f"a kernel of {kernel} does not cut patches with {given}"
         if 1 < kernel[-1] < _SHORTEST_RUN:
             return f"patches {kernel[-1]} pixels wide are too narrow to gain"
         if any(mod(size, patch) != 0 for size, patch in zip(m.x.type.shape[2:], kernel, strict=True)):
