@@ -40,7 +40,9 @@ class _Rotary(Rule):
 
     def check(self, m: Match) -> str | None:
         *leading, width = m.x.type.shape
-        if m.root.type != m.x.type or any([*leading, width] != _doubled(part) for part in (m.a, m.b)):
+        if m.root.type != m.x.type:
+            return f"the result is {m.root.type}, but x is {m.x.type}"
+        if any([*leading, width] != _doubled(part) for part in (m.a, m.b)):
             return f"{m.a.type} and {m.b.type} are not the first and second channels of all pairs of {m.x.type}"
         if self.by_pair and any(_doubled(table)[-1:] != [width] for table in (m.cos, m.sin)):
             return f"the tables {m.cos.type} and {m.sin.type} have not one entry a pair"
