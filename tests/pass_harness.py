@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trimtab.ir import Module, TensorType, interpret, parse_module, print_module
+from trimtab.ir import Module, Symbol, TensorType, interpret, parse_module, print_module
 from trimtab.ir.weights import TorchSource
 from trimtab.passes.manager import PassManager
 from trimtab.passes.report import PassRow
@@ -49,16 +49,27 @@ def check_case(golden: Golden, name: str, passes: str, module: Module) -> Module
     return result
 
 
-def assert_same_results(before: Module, after: Module, *sizes: Mapping[str, int], tolerance: float = 1e-9) -> None:
-    """Evaluate both modules in float64 on random inputs with the symbols at ``sizes`` and compare every output."""
+def assert_same_results(
+    before: Module, after: Module, *sizes: int | Mapping[str, int], tolerance: float = 1e-9
+) -> None:
+    """Evaluate both modules in float64 on random inputs and compare every output, relative to its largest element.
+
+    ``sizes`` are values of the symbols; a number stands for all symbols, each as near to it as its range allows.
+    """
     generator = torch.Generator().manual_seed(5)
-    for bindings in sizes or ({},):
+    for size in sizes or (7,):
+        bindings = {s.name: _nearest(s, size) for s in before.symbols().values()} if isinstance(size, int) else size
         inputs = [_random(value.type.bind(bindings), generator) for value in before.main.inputs]
         old, new = (interpret(module, inputs, precision=torch.float64) for module in (before, after))
         for expected, result in zip(old, new, strict=True):
-            assert result.shape == expected.shape
-            scale = float(expected.abs().max()) if expected.numel() else 0.0
-            assert float((result - expected).abs().max()) <= tolerance * max(scale, 1.0) if expected.numel() else True
+            assert result.dtype == expected.dtype
+            largest = float(expected.double().nan_to_num(posinf=0, neginf=0).abs().max()) if expected.numel() else 0.0
+            atol = tolerance * max(largest, 1.0)
+            torch.testing.assert_close(result, expected, rtol=tolerance, atol=atol, equal_nan=True)
+
+
+def _nearest(symbol: Symbol, size: int) -> int:
+    return max(symbol.min, size if symbol.max is None else min(size, symbol.max))
 
 
 def _random(type: TensorType, generator: torch.Generator) -> torch.Tensor:
