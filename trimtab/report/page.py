@@ -20,7 +20,10 @@ from trimtab.errors import MissingDependencyError
 from trimtab.report.recorder import ReportRecorder
 
 _LIBRARIES = {"xstatic.pkg.d3": "d3.js", "xstatic.pkg.dagre": "dagre.min.js"}
-_SCRIPTS = ("model.js", "layout.js", "picture.js", "details.js", "pipeline.js", "app.js")
+_SCRIPTS = (
+    "model.js", "stretch.js", "layout.js", "folds.js", "alignment.js", "changes.js", "drawing.js", "overview.js",
+    "picture.js", "search.js", "details.js", "pipeline.js", "app.js",
+)  # fmt: skip
 _ASSETS = files("trimtab.report") / "assets"
 
 

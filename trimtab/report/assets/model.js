@@ -2,9 +2,16 @@
 
 class Model {
   constructor(data) {
-    Object.assign(this, { title: data.title, report: data.report, failure: data.failure, failedRow: data.failed_row, steps: data.steps });
+    Object.assign(this, {
+      title: data.title,
+      report: data.report,
+      failure: data.failure,
+      failedRow: data.failed_row,
+      steps: data.steps,
+    });
     // A run that failed has no time of its own.
-    this.seconds = data.report.seconds || data.report.passes.reduce((sum, row) => sum + row.seconds + row.check_seconds, 0);
+    this.seconds =
+      data.report.seconds || data.report.passes.reduce((sum, row) => sum + row.seconds + row.check_seconds, 0);
     this.data = data;
     this.families = data.families;
     this.weights = new Map(data.weights.map(([number, id, type, bytes]) => [number, { number, id, type, bytes }]));
@@ -15,7 +22,7 @@ class Model {
 
   // One op in one state. `key` tells two states of an op apart.
   state(position) {
-    return this.states[position] ??= this.decodeState(position);
+    return (this.states[position] ??= this.decodeState(position));
   }
 
   decodeState(position) {
@@ -24,18 +31,25 @@ class Model {
       this.data.states[position];
     const name = text(mnemonic);
     return {
-      key: position, number, mnemonic: name, family: this.families[name], madeBy: text(madeBy), macs,
+      key: position,
+      number,
+      mnemonic: name,
+      family: this.families[name],
+      madeBy: text(madeBy),
+      macs,
       location: { file: text(file), line, function: text(func) },
       attributes: this.data.attributes[attributes].map(([name, value, isDefault]) => ({ name, value, isDefault })),
       operands: operands.map((value, index) => ({ field: text(names[index]), value })),
       results: Array.from({ length: results.length / 2 }, (_, index) => ({
-        number: number + index, name: text(results[2 * index]), type: text(results[2 * index + 1]),
+        number: number + index,
+        name: text(results[2 * index]),
+        type: text(results[2 * index + 1]),
       })),
     };
   }
 
   graph(position) {
-    return this.graphs[position] ??= new Graph(this, position);
+    return (this.graphs[position] ??= new Graph(this, position));
   }
 
   // The graphs of a module in one state, and where each op is.
@@ -43,7 +57,7 @@ class Model {
     if (this.snapshots[position]) return this.snapshots[position];
     const graphs = this.data.snapshots[position].map((index) => this.graph(index));
     const ops = new Map(graphs.flatMap((graph) => graph.ops.map((op) => [op.number, op])));
-    return this.snapshots[position] = { position, graphs, ops };
+    return (this.snapshots[position] = { position, graphs, ops });
   }
 
   // What became of the ops from one snapshot to another, by number: "removed", "added" or "changed".
@@ -82,7 +96,8 @@ class Graph {
     });
   }
 
-  get readers() { // number of a value -> the ops that read it
+  get readers() {
+    // number of a value -> the ops that read it
     if (!this.readersOf) {
       this.readersOf = new Map();
       for (const op of this.ops) {
