@@ -223,7 +223,7 @@ def test_the_definition_of_the_onnx_operator(rank: int, interleaved: int, width:
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        (RotaryHalves(), "a slice is not neg or a product with the constant -1"),
+        (RotaryHalves(), "a slice is not a result of neg or a product with the constant -1"),
         (RotaryNeighbours(), "a concat is not a result of reshape"),
         (PartialRotary(), "a slice is not a result of rotary_embedding"),
     ],
@@ -298,7 +298,7 @@ def test_heads_in_turn_stay_repeated() -> None:
     module = attention_of(in_turn, False)
     result, _ = rewritten(module, "cleanup,remove-repeat-kv")
     assert names(result).count("tile") == 2
-    assert GroupedHeads().explain(result).reason == "a tile is not reshape or permute"
+    assert GroupedHeads().explain(result).reason == "a tile is not a result of reshape or permute"
 
 
 def test_keys_that_are_returned_stay_repeated() -> None:

@@ -45,6 +45,7 @@ _OWN: Mapping[str, str] = {
     "raise-rotary": "trimtab.passes.raise_rotary:RaiseRotary",
     "raise-silu": "trimtab.passes.raise_silu:RaiseSilu",
     "remove-repeat-kv": "trimtab.passes.remove_repeat_kv:RemoveRepeatKv",
+    "simplify-expands": "trimtab.passes.simplify_expands:SimplifyExpands",
     "simplify-identities": "trimtab.passes.simplify_identities:SimplifyIdentities",
     "simplify-indexing": "trimtab.passes.simplify_indexing:SimplifyIndexing",
     "simplify-masks": "trimtab.passes.simplify_masks:SimplifyMasks",

@@ -11,11 +11,11 @@ from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.op import Op
 from trimtab.ir.rewrite import Match, Pattern, Rule, Scalar, Var, one_of, op
 from trimtab.passes.contracts import Contract, Exact
 from trimtab.passes.mask_facts import MASKING, MaskFacts
 from trimtab.passes.rewrite_pass import RewritePass
+from trimtab.passes.simplify_expands import narrowed
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,18 @@ class KnownCondition(Rule):
 
 
 class ExpandLast(Rule):
-    """A mask made from an expanded condition, expanded afterwards"""
+    """A mask made from an expanded condition, expanded afterwards if need be"""
 
     private = False
 
-    def pattern(self, x: Var, a: Scalar, b: Scalar) -> Pattern:
+    def pattern(self, x: Var, y: Var, z: Var) -> Pattern:
         wide = op.expand(x)
-        return one_of(op.where(wide, a, b), op.logical_not(wide), op.cast(wide))
-
-    def check(self, m: Match) -> str | None:
-        wide = m.root_op.operands[0].type
-        return None if wide.shape == m.root.type.shape else f"the choice broadcasts {wide} to {m.root.type}"
+        return one_of(op.where(wide, y, z), op.logical_and(wide, y), op.logical_not(wide), op.cast(wide))
 
     def rewrite(self, m: Match, build: Builder) -> Value:
-        choice = m.root_op
-        if isinstance(choice, ops.Where):
-            dtype = m.root.type.dtype
-            narrow: Op = ops.Where(m.x, build.scalar(m.a, dtype), build.scalar(m.b, dtype))
-        else:
-            narrow = choice.rebuilt([m.x])
-        return build(ops.Expand(build(narrow), shape=m.root.type.shape))
+        value = narrowed(m.root_op, build)
+        assert value is not None
+        return value
 
 
 class _OfAttention(Rule):

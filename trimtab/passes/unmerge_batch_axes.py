@@ -24,7 +24,7 @@ class UnmergeBatchAxes(RewritePass):
     """
 
     name: ClassVar[str] = "unmerge-batch-axes"
-    contract: ClassVar[Contract] = Exact()
+    contract: ClassVar[Contract] = Exact(rounding=True)
 
     def rules(self) -> Sequence[Rule]:
         return (UnmergedMatmul(), UnmergedSoftmax(), UnmergedTranspose())

@@ -200,7 +200,10 @@ class Matcher:
         elif isinstance(pattern, Number):
             yield from self._number(pattern, scalar(self._module, value), value)
         elif isinstance(pattern, OneOf):
-            for alternative in pattern.alternatives:
+            alternatives = pattern.fitting(value)
+            if not alternatives:
+                self._fail(lambda: f"{_name(value)} is not {pattern}", value.producer)
+            for alternative in alternatives:
                 yield from self._match(alternative, value)
         elif isinstance(pattern, TimesConstant):
             yield from self._times_constant(pattern, value)

@@ -17,6 +17,7 @@ from types import EllipsisType
 from typing import Any, TypeAlias, TypeVar
 
 from trimtab.errors import UsageError
+from trimtab.ir.core import Value
 from trimtab.ir.op import Op, op_class
 from trimtab.ir.ops import Add, Div, Matmul, Mul, Neg, Pow, Reciprocal, Rsqrt, Sqrt, Sub
 
@@ -262,9 +263,18 @@ class OneOf(Pattern):
 
     def __init__(self, alternatives: tuple[Pattern, ...]) -> None:
         self.alternatives = alternatives
+        self._roots = tuple(alternative.roots() for alternative in alternatives)
+
+    def fitting(self, value: Value) -> tuple[Pattern, ...]:
+        """The alternatives that the op which computes ``value`` can be the root of."""
+        cls = type(value.producer)
+        pairs = zip(self.alternatives, self._roots, strict=True)
+        return tuple(alternative for alternative, roots in pairs if roots is None or cls in roots)
 
     def __str__(self) -> str:
-        return " or ".join(map(str, self.alternatives))
+        results = dict.fromkeys(str(p) for p in self.alternatives if isinstance(p, OpPattern))
+        others = dict.fromkeys(str(p) for p in self.alternatives if not isinstance(p, OpPattern))
+        return " or ".join([f"a result of {' or '.join(results)}"] * bool(results) + list(others))
 
     def roots(self) -> frozenset[type[Op]] | None:
         return _union(self.alternatives)
