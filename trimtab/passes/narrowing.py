@@ -153,7 +153,7 @@ def narrowed(build: Builder, op: Op, found: Needs) -> Value:
         value if part is None else take(build, value, *part)
         for value, part in zip(op.operands, found.parts, strict=True)
     ]
-    return build(op.rebuilt(operands, **found.attributes))
+    return build(op.rebuilt(operands, **found.attributes), op.result.name)
 
 
 # -- the ops -----------------------------------------------------------------------------------------------------

@@ -144,8 +144,12 @@ class RowsOfPackedLinear(Rule):
         kept = sorted(place for places in others.values() for place in places)
         rest = build.replace(linear, _with_features(build, linear, m.x, Cut.at(kept)))
         for reader, places in others.items():
-            start = kept.index(places[0])
-            build.replace(reader, ops.Slice(rest.result, reader.attributes["dim"], start, start + len(places)))
+            if len(places) == len(kept):
+                reader.result.replace_all_uses_with(rest.result)
+                m.graph.ops.remove(reader)
+            else:
+                start = kept.index(places[0])
+                build.replace(reader, ops.Slice(rest.result, reader.attributes["dim"], start, start + len(places)))
         return _piece(build, rows, cut, root)
 
 
@@ -281,13 +285,15 @@ def _worthwhile(x: Value, axis: int, cut: Cut, module: Module) -> Needs | str:
     def elements(value: Value, part: tuple[int, Cut]) -> float:
         return number(value.type.elements) * number(part[1].size) / max(number(value.type.shape[part[0]]), 1)
 
-    whole, before = number(x.type.elements), elements(x, (axis, cut))
-    after = sum(
+    # Elements read and written, and products: what is saved of the producer, and what slices in front of it copy.
+    kept = number(cut.size) / max(number(x.type.shape[axis]), 1)
+    touched = sum(number(value.type.elements) for value in values if not value.is_weight)
+    computed = number(producer.macs()) + (0 if isinstance(producer, ops.Reshape) else touched)
+    copied = sum(
         elements(value, part)
         for value, part in zip(producer.operands, wanted.parts, strict=True)
         if part is not None and not value.is_weight
     )
-    computed = number(producer.macs()) + (0 if isinstance(producer, ops.Reshape) else whole)
-    if after - before > computed * (1 - before / max(whole, 1)):
+    if 2 * (copied - elements(x, (axis, cut))) > computed * (1 - kept):
         return f"slices of all that {producer.name} reads would cost more than it computes in vain"
     return wanted
