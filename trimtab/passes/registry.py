@@ -44,6 +44,7 @@ _OWN: Mapping[str, str] = {
     "raise-rms-norm": "trimtab.passes.raise_rms_norm:RaiseRmsNorm",
     "raise-rotary": "trimtab.passes.raise_rotary:RaiseRotary",
     "raise-silu": "trimtab.passes.raise_silu:RaiseSilu",
+    "reassociate-matmuls": "trimtab.passes.reassociate_matmuls:ReassociateMatmuls",
     "remove-repeat-kv": "trimtab.passes.remove_repeat_kv:RemoveRepeatKv",
     "simplify-expands": "trimtab.passes.simplify_expands:SimplifyExpands",
     "simplify-identities": "trimtab.passes.simplify_identities:SimplifyIdentities",
