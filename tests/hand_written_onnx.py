@@ -432,6 +432,8 @@ def _write(seed: int, architecture: Architecture, spelling: Spelling) -> HandWri
         _kind(spelling.norm): _NORMS[architecture],
         _kind(spelling.activation): BLOCKS,
     }
+    if architecture is llama:
+        counts["rotary_embedding"] = 2 * BLOCKS
     return HandWritten(f"{architecture.__name__}-{spelling.opset}: {', '.join(parts)}", proto, inputs, counts)
 
 
