@@ -98,6 +98,11 @@ def _where(op: ops.Where) -> Value | None:
     return op.y if condition is False else None
 
 
+def _concat(op: ops.Concat) -> Value | None:
+    parts = [value for value in op.values if value.type.shape[op.dim] != 0] or op.values[:1]
+    return parts[0] if len(parts) == 1 else None
+
+
 def _slice(op: ops.Slice) -> Value | None:
     return op.x if op.start == 0 and op.step == 1 else None  # the caller compares the sizes
 
@@ -141,7 +146,7 @@ _RULES: Mapping[type[Op], Rule] = {
     ops.Cast: _cast,
     ops.Clamp: _operand_if(lambda op: op.min is None and op.max is None),
     ops.Slice: _slice,
-    ops.Concat: lambda op: op.values[0] if len(op.values) == 1 else None,
+    ops.Concat: _concat,
     ops.Split: lambda op: op.x if len(op.sizes) == 1 else None,
     ops.Expand: _operand_if(lambda op: True),
     ops.Reshape: _operand_if(lambda op: True),
