@@ -382,6 +382,26 @@ def test_boxes_do_not_overlap_and_lines_do_not_cross_them(show: Any, transformer
     assert window.page.evaluate(overlaps, 1) == 0
 
 
+def test_chains_of_ops_run_straight_down(show: Any, transformer: ReportRecorder) -> None:
+    window = show(transformer)
+    bends = window.js(
+        """(() => {
+            const { layout } = report.pictures[1];
+            const { graph } = layout;
+            const sources = (op) => op.operands.map((operand) => graph.values.get(operand.value)?.op)
+                .filter((source) => source && source.mnemonic !== "full");
+            return graph.ops.flatMap((op) => {
+                const readers = graph.readers.get(op.number) ?? [];
+                if (op.mnemonic === "full" || readers.length !== 1 || sources(readers[0]).length !== 1) return [];
+                const [from, to] = [op, readers[0]].map((one) => layout.byNumber.get(one.number));
+                return from.fold || to.fold ? [] : [Math.abs(from.x - to.x)];
+            });
+        })()"""
+    )
+    assert len(bends) > 10
+    assert sum(bend < 1 for bend in bends) > 0.8 * len(bends)
+
+
 def test_moving_and_scaling_and_the_other_side_follows(show: Any, transformer: ReportRecorder) -> None:
     window = show(transformer)
     window.choose(2)
