@@ -67,6 +67,26 @@ graph main(%x: f32[batch, 5, 6]) {
   %z = attention(%q, %k, %v) {scale=0.3} : f32[batch, 2, 5, 4]
   return z=%z
 }""",
+    "turned_queries": """
+symbols batch=1..8, seq=1..32
+weight @wq: f32[8, 6]
+graph main(%x: f32[batch, seq, 6], %k: f32[batch, 1, seq, 4], %cos: f32[seq, 2], %sin: f32[seq, 2]) {
+  %q = linear(%x, @wq) : f32[batch, seq, 8]
+  %qh = reshape(%q) {shape=[batch, seq, 2, 4]} : f32[batch, seq, 2, 4]
+  %qt = permute(%qh) {dims=[0, 2, 1, 3]} : f32[batch, 2, seq, 4]
+  %turned = rotary_embedding(%qt, %cos, %sin) : f32[batch, 2, seq, 4]
+  %y = attention(%turned, %k, %k) {scale=0.3, causal=true} : f32[batch, 2, seq, 4]
+  return y=%y
+}""",
+    "turned_queries_that_are_read_twice": """
+weight @wq: f32[8, 8]
+graph main(%x: f32[2, 3, 8], %cos: f32[3, 4], %sin: f32[3, 4]) {
+  %q = linear(%x, @wq) : f32[2, 3, 8]
+  %h = reshape(%q) {shape=[2, 1, 3, 8]} : f32[2, 1, 3, 8]
+  %turned = rotary_embedding(%h, %cos, %sin) : f32[2, 1, 3, 8]
+  %y = attention(%turned, %turned, %h) {scale=0.3} : f32[2, 1, 3, 8]
+  return y=%y
+}""",
     "seen_by_others": """
 weight @w: f32[8, 6]
 weight @v: f32[8, 6]

@@ -10,7 +10,7 @@ from typing import ClassVar
 from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
-from trimtab.ir.rewrite import Attr, Match, Pattern, Rule, Scalar, Var, maybe, op
+from trimtab.ir.rewrite import Attr, Match, Pattern, Rule, Scalar, Var, maybe, one_of, op
 from trimtab.passes.contracts import Contract, Exact
 from trimtab.passes.folding import Affine, Site, fold_after, number, producer, reason
 from trimtab.passes.rewrite_pass import RewritePass
@@ -46,17 +46,18 @@ class ScaledResult(Rule):
 
 
 class ScaledQuery(Rule):
-    """``attention(layer(x), k, v)`` with a scale that is not 1."""
+    """``attention(layer(x), k, v)`` with a scale that is not 1, where a rotary embedding may turn the queries."""
 
-    def pattern(self, q: Var, k: Var, v: Var, mask: Var, causal: Attr) -> Pattern:
-        return op.attention(q, k, v, maybe(mask), scale=lambda scale: scale != 1, causal=causal)
+    def pattern(self, q: Var, cos: Var, sin: Var, k: Var, v: Var, mask: Var, causal: Attr) -> Pattern:
+        turned = op.rotary_embedding(q, cos, sin).bind("turned")
+        return op.attention(one_of(turned, q), k, v, maybe(mask), scale=lambda scale: scale != 1, causal=causal)
 
     def check(self, m: Match) -> str | None:
         return reason(_layer(m, m.q, _attention(m).scale))
 
     def rewrite(self, m: Match, build: Builder) -> Value:
         q = _scaled(m, build, m.q, _attention(m).scale)
-        return build(ops.Attention(q, m.k, m.v, m.mask, scale=1.0, causal=m.causal))
+        return build(ops.Attention(m.turned or q, m.k, m.v, m.mask, scale=1.0, causal=m.causal))
 
 
 def _attention(m: Match) -> ops.Attention:
@@ -70,7 +71,8 @@ def _layer(m: Match, y: Value, factor: float) -> Site | str:
     if not math.isfinite(factor):
         return f"the factor is {factor}"
     # A power of two moves the exponent alone, as does 1/8, the scale of attention with heads of 64.
-    return producer(m, y, exact=abs(math.frexp(factor)[0]) == 0.5 and abs(factor) <= 1)
+    exact = abs(math.frexp(factor)[0]) == 0.5 and abs(factor) <= 1
+    return producer(m, y, reader=next(op for op in m.ops if y in op.operands), exact=exact)
 
 
 def _scaled(m: Match, build: Builder, y: Value, factor: float) -> Value:

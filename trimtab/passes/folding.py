@@ -64,13 +64,20 @@ class Site:
 
 
 def producer(
-    m: Match, value: Value, shape: Sequence[Dim] = (), *, scaled: bool = True, exact: bool = False
+    m: Match,
+    value: Value,
+    shape: Sequence[Dim] = (),
+    *,
+    reader: Op | None = None,
+    scaled: bool = True,
+    exact: bool = False,
 ) -> Site | str:
     """The linear layer or convolution whose output channels ``value`` has, possibly moved around.
 
     Args:
-        m: a match whose root op scales or shifts ``value``, its operand.
-        value: the operand.
+        m: the match.
+        value: the value to scale or shift.
+        reader: the op that reads it scaled; by default the root's.
         shape: the shape of the constants, which broadcast against ``value``.
         scaled: whether there is a scale, and not just a shift.
         exact: whether the fold rounds nothing.
@@ -78,16 +85,15 @@ def producer(
     Returns:
         Where to fold; or, in words, why not: for one, when something else sees the same channels.
     """
-    root = m.root.producer
-    assert root is not None
+    reader = reader or m.ops[0]
     source = source_of(value)
     op = source.producer
     if not isinstance(op, (ops.Linear, *_CONVOLUTIONS, *_TRANSPOSED)):
         return f"{value_in_words(source)} is no result of a linear layer or convolution"
-    here = Use(root, root.operands.index(value))
+    here = Use(reader, reader.operands.index(value))
     seen = dict(readers(op.result, _channel_axis(op)))
     if here not in seen:
-        return f"between {op.name} and {root.name} channels are mixed with other axes"
+        return f"between {op.name} and {reader.name} channels are mixed with other axes"
     channels = seen.pop(here)
     for axis, size in enumerate(shape, value.type.rank - len(shape)):
         if axis < 0 or size not in (1, value.type.shape[axis]):
