@@ -26,6 +26,7 @@ _OWN: Mapping[str, str] = {
     "cse": "trimtab.passes.cse:Cse",
     "dce": "trimtab.passes.dce:Dce",
     "dedup-weights": "trimtab.passes.dedup_weights:DedupWeights",
+    "drop-dead-heads": "trimtab.passes.drop_dead_heads:DropDeadHeads",
     "fold-constants": "trimtab.passes.fold_constants:FoldConstants",
     "fold-conv-affine": "trimtab.passes.fold_conv_affine:FoldConvAffine",
     "fold-layer-scale": "trimtab.passes.fold_layer_scale:FoldLayerScale",
@@ -52,6 +53,7 @@ _OWN: Mapping[str, str] = {
     "simplify-masks": "trimtab.passes.simplify_masks:SimplifyMasks",
     "simplify-permutes": "trimtab.passes.simplify_permutes:SimplifyPermutes",
     "simplify-reshapes": "trimtab.passes.simplify_reshapes:SimplifyReshapes",
+    "sink-permutes": "trimtab.passes.sink_permutes:SinkPermutes",
     "unmerge-batch-axes": "trimtab.passes.unmerge_batch_axes:UnmergeBatchAxes",
 }
 
