@@ -35,17 +35,20 @@ def rewritten(module: Module, passes: str) -> tuple[Module, list[PassRow]]:
 
 
 def check_case(golden: Golden, name: str, passes: str, module: Module) -> Module:
-    """Run ``passes`` and compare what comes out, and why rules left places alone, with tests/golden/passes/``name``."""
+    """Run ``passes`` and compare what comes out with tests/golden/passes/``name``.
+
+    With it go the numbers of applications or, when nothing changed, the reasons why not.
+    """
     result, rows = rewritten(module, passes)
     before, after = (print_module(m, hashes=False).split("\n", 1)[1] for m in (module, result))
-    changed = "changed" if any(row.changed for row in rows) else "unchanged"
-    notes = [
-        f"// {rule['rule']} applied {rule['applied']} times" + "".join(f"\n//   not: {why}" for why in rule["rejected"])
-        for row in rows
-        for rule in row.rules
-        if rule["applied"] or rule["rejected"]
-    ]
-    golden(f"passes/{name}.txt", f"// before {passes}\n{before}\n// after: {changed}\n{after}" + "\n".join(notes))
+    rules = [rule for row in rows for rule in row.rules]
+    if any(row.changed for row in rows):
+        changed = "changed"
+        notes = [f"// {rule['rule']}: {rule['applied']}\n" for rule in rules if rule["applied"]]
+    else:
+        changed = "unchanged"
+        notes = [f"// {rule['rule']}: {reason}\n" for rule in rules for reason in sorted(rule["rejected"])]
+    golden(f"passes/{name}.txt", f"// before {passes}\n{before}\n// after: {changed}\n{after}" + "".join(notes))
     return result
 
 

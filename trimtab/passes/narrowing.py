@@ -143,6 +143,22 @@ def needs(op: Op, axis: int, cut: Cut, module: Module) -> Needs | str:
     return rule(_Question(op, axis, cut, module))
 
 
+def vanishes(value: Value, axis: int, cut: Cut, module: Module) -> str | None:
+    """None when a slice of ``value`` ends in parts of weights, so that nothing is sliced at run time; or why not."""
+    if value.is_weight:
+        return None
+    if value.producer is None:
+        return f"%{value.name} is an input"
+    if len(value.uses) > 1:
+        return f"the result of {value.producer.name} is read {len(value.uses)} times"
+    found = needs(value.producer, axis, cut, module)
+    if isinstance(found, str):
+        return found
+    parts = zip(value.producer.operands, found.parts, strict=True)
+    reasons = (vanishes(operand, *part, module) for operand, part in parts if part is not None)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def narrowed(build: Builder, op: Op, found: Needs) -> Value:
     """Build ``op`` on the parts that it needs."""
     if found.only is not None:
@@ -277,9 +293,7 @@ def _reshape(q: _Question) -> Needs | str:
         cut = q.cut.repeated(own[place] // shape[axis])
     elif mod(shape[axis], own[place]) == 0:
         cut = q.cut.merged(shape[axis] // own[place])
-    if cut is None or (cut.places and not q.cut.places):
-        return "the slice would not be one any more under the other shape"
-    return Needs([(place, cut)], {"shape": q.resized()})
+    return q.mixes() if cut is None else Needs([(place, cut)], {"shape": q.resized()})
 
 
 @_narrows(ops.Slice)
@@ -362,6 +376,11 @@ def _attention(q: _Question) -> Needs | str:
         if bounds(cut.start - op.k.type.shape[-2])[0] >= -1:
             return Needs(queries, {"causal": False})  # the last queries see all keys
         return "causal attention counts its queries from the first"
+    shared = cut
     if q.from_end == 3 and op.q.type.shape[-3] != op.k.type.shape[-3]:
-        return "several query heads read one key head"
-    return Needs([*(q.broadcast(value) for value in (op.q, op.k, op.v)), *mask])
+        groups = cut.merged(op.q.type.shape[-3] // op.k.type.shape[-3])
+        if groups is None:
+            return "the query heads that read one key head stay together"
+        shared = groups
+    keys = [part and (part[0], shared) for part in map(q.broadcast, (op.k, op.v))]
+    return Needs([q.broadcast(op.q), *keys, *mask])

@@ -14,7 +14,7 @@ from trimtab.ir.op import Op
 from trimtab.ir.rewrite import Constant, Match, Pattern, Rule, Var, maybe, one_of, op, shared
 from trimtab.passes.contracts import Contract, Exact
 from trimtab.passes.fusion_model import typical_sizes
-from trimtab.passes.narrowing import Cut, Needs, narrowed, needs, reader_count, take
+from trimtab.passes.narrowing import Cut, Needs, narrowed, needs, reader_count, take, vanishes
 from trimtab.passes.rewrite_pass import RewritePass
 
 MAX_PLACES = 4096
@@ -102,8 +102,9 @@ class MovedParts(Rule):
             return readers
         for axis, cut in readers.values():
             wanted = needs(m.moved.producer, axis, cut, m.module)
-            if isinstance(wanted, str):
-                return wanted
+            reason = wanted if isinstance(wanted, str) else _becomes_a_gather(m.moved, cut, wanted, m.module)
+            if reason is not None:
+                return reason
         return None
 
     def rewrite(self, m: Match, build: Builder) -> Value:
@@ -266,6 +267,15 @@ def _piece(build: Builder, part: Value, cut: Cut, reader: Op) -> Value:
 # -- whether it pays ---------------------------------------------------------------------------------------------
 
 
+def _becomes_a_gather(x: Value, cut: Cut, wanted: Needs, module: Module) -> str | None:
+    """Why ``wanted`` should not take the place of ``cut`` of ``x``: places without a pattern are taken one by one."""
+    assert x.producer is not None
+    for value, part in zip(x.producer.operands, wanted.parts, strict=True):
+        if part is not None and part[1].places and not cut.places and vanishes(value, *part, module) is not None:
+            return "the slice would not be one any more under the other shape"
+    return None
+
+
 def _worthwhile(x: Value, axis: int, cut: Cut, module: Module) -> Needs | str:
     """What the producer of ``x`` needs for a part of it; or why the part should not be computed by itself."""
     producer = x.producer
@@ -274,8 +284,10 @@ def _worthwhile(x: Value, axis: int, cut: Cut, module: Module) -> Needs | str:
     if cut.size == x.type.shape[axis]:
         return "the slices take everything between them"
     wanted = needs(producer, axis, cut, module)
-    if isinstance(wanted, str):
-        return wanted
+    reason = wanted if isinstance(wanted, str) else _becomes_a_gather(x, cut, wanted, module)
+    if reason is not None:
+        return reason
+    assert isinstance(wanted, Needs)
     values = (*producer.operands, x)
     sizes = typical_sizes(symbols_of(cut.size).union(*(value.type.symbols for value in values)))
 
@@ -289,11 +301,14 @@ def _worthwhile(x: Value, axis: int, cut: Cut, module: Module) -> Needs | str:
     kept = number(cut.size) / max(number(x.type.shape[axis]), 1)
     touched = sum(number(value.type.elements) for value in values if not value.is_weight)
     computed = number(producer.macs()) + (0 if isinstance(producer, ops.Reshape) else touched)
-    copied = sum(
-        elements(value, part)
+    parts = [
+        (value, part)
         for value, part in zip(producer.operands, wanted.parts, strict=True)
         if part is not None and not value.is_weight
-    )
-    if 2 * (copied - elements(x, (axis, cut))) > computed * (1 - kept):
-        return f"slices of all that {producer.name} reads would cost more than it computes in vain"
-    return wanted
+    ]
+    copied = sum(elements(value, part) for value, part in parts)
+    if 2 * (copied - elements(x, (axis, cut))) <= computed * (1 - kept):
+        return wanted
+    if all(vanishes(value, *part, module) is None for value, part in parts):
+        return wanted
+    return f"slices of all that {producer.name} reads would cost more than it computes in vain"
