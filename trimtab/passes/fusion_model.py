@@ -36,8 +36,9 @@ Shape: TypeAlias = "tuple[Dim, ...]"
 
 
 def can_join(op: Op) -> bool:
-    """Whether ``op`` can share a kernel with others at all."""
-    return is_pointwise(op) or isinstance(op, (*CONTRACTIONS, *_ROW_OPS, *_MOVES))
+    """Whether ``op`` can share a kernel with others at all. What nobody reads is left to dead-code elimination."""
+    known = is_pointwise(op) or isinstance(op, (*CONTRACTIONS, *_ROW_OPS, *_MOVES))
+    return known and bool(op.result.uses)
 
 
 def is_pointwise(op: Op) -> bool:
@@ -85,8 +86,6 @@ class Kernel:
 
     def refusal(self) -> str:
         """Why the ops do not fit in one kernel, or the empty text."""
-        if any(len(op.results) != 1 for op in self.ops):
-            return "an op has several results"
         if any(isinstance(op, CONTRACTIONS) for op in self.ops):
             return self._refuses_tiles()
         if self.rows:
@@ -265,7 +264,7 @@ def _leading_axes(op: Op) -> Shape:
     """The axes before those that a row op reduces; empty when it does not reduce exactly the trailing ones."""
     shape = op.operands[0].type.shape
     if isinstance(op, ops.LayerNorm | ops.RmsNorm):
-        dims: Sequence[int] = range(len(shape) - op.axes, len(shape))
+        dims: Sequence[int] = range(max(len(shape) - op.axes, 0), len(shape))
     elif isinstance(op, ops.Softmax | ops.LogSoftmax):
         dims = (op.dim,)
     else:

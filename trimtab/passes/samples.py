@@ -16,7 +16,7 @@ from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.dims import Dim, Symbol, evaluate
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
-from trimtab.ir.ops import Embedding, Gather, Index, IndexPut, IndexSelect, Scatter
+from trimtab.ir.ops import Embedding, Fused, Gather, Index, IndexPut, IndexSelect, Scatter
 from trimtab.ir.types import TensorType
 from trimtab.passes.base import Context
 
@@ -88,7 +88,7 @@ def index_limits(graph: Graph, sizes: Mapping[str, int]) -> dict[Value, int]:
     """For each integer input that reaches an index operand through integer values: the smallest axis it indexes."""
     reached: dict[Value, int] = {}
     for op in reversed(graph.ops):
-        here = dict(_indexed_axes(op))
+        here = dict(_indexed_axes(op, sizes))
         results = [reached[result] for result in op.results if result in reached]
         for value in op.operands:
             if value.type.dtype.is_integer:
@@ -98,9 +98,12 @@ def index_limits(graph: Graph, sizes: Mapping[str, int]) -> dict[Value, int]:
     return {value: limit for value, limit in reached.items() if value in set(graph.inputs)}
 
 
-def _indexed_axes(op: Op) -> Iterator[tuple[Value, Dim]]:
+def _indexed_axes(op: Op, sizes: Mapping[str, int]) -> Iterator[tuple[Value, Dim]]:
     """Index operands of ``op`` with the size of the axis that each one indexes."""
     match op:
+        case Fused():
+            inside = index_limits(op.body, sizes)
+            yield from ((v, inside[i]) for v, i in zip(op.inputs, op.body.inputs, strict=True) if i in inside)
         case Embedding():
             yield op.indices, op.table.type.shape[0]
         case IndexSelect() | Gather() | Scatter():

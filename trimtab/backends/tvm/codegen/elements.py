@@ -51,9 +51,8 @@ class ElementKernel:
         self.stages = [_with_axes(stage, stages[0].axes) for stage in stages]
 
     def generate(self) -> Stmt:
-        axes = list(zip(self.stages[0].axes, self.stages[0].extents, strict=True))
-        while len(axes) > 1 and int_value(axes[-1][1]) == 1:
-            axes.insert(0, axes.pop())
+        # Axes of size 1 first, so that the innermost one is worth a vector.
+        axes = sorted(zip(self.stages[0].axes, self.stages[0].extents, strict=True), key=lambda a: int_value(a[1]) != 1)
         outer, inner = split_inner(self.stages, axes)
         lanes = min(lanes_for(stage, self.machine) for stage in self.stages)
         kind = loop_kind(self.stages, self.machine)

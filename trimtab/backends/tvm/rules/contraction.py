@@ -47,7 +47,7 @@ def _linear(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | 
     shape = scope.shape(op.result.type.shape)
     product = compute(shape, term, "linear")
     if bias is not None:
-        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias(i[-1]), work), "linear_bias")
+        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias.broadcast(i), work), "linear_bias")
     return rounded(op, scope, product)
 
 

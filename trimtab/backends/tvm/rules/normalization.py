@@ -29,10 +29,16 @@ def _count(extents: Sequence[Expr], dtype: str) -> Expr:
     return tirx.Cast(dtype, total)
 
 
+def _split(x: Operand, axes: int) -> tuple[list[Expr], list[Expr]]:
+    """The extents of the leading axes and of the last ``axes``, at most all of them."""
+    at = max(x.rank - axes, 0)
+    return x.shape[:at], x.shape[at:]
+
+
 @lowers(ops.LayerNorm)
 def _layer_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias: Operand | None) -> Any:
     work, result = work_type(x.dtype), tvm_dtype(op.result.type.dtype)
-    rows, tail = x.shape[: x.rank - op.axes], x.shape[x.rank - op.axes :]
+    rows, tail = _split(x, op.axes)
     count = _count(tail, work)
 
     def reduction(value: Any, name: str) -> Any:
@@ -73,7 +79,7 @@ def _layer_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None, bias:
 @lowers(ops.RmsNorm)
 def _rms_norm(op: Any, scope: Scope, x: Operand, weight: Operand | None) -> Any:
     work, result = work_type(x.dtype), tvm_dtype(op.result.type.dtype)
-    rows, tail = x.shape[: x.rank - op.axes], x.shape[x.rank - op.axes :]
+    rows, tail = _split(x, op.axes)
     count = _count(tail, work)
     axes = [te.reduce_axis((i64(0), extent), "k") for extent in tail]
 
