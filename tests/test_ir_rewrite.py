@@ -415,6 +415,24 @@ def test_the_work_is_proportional_to_the_graph() -> None:
     assert tried[1] <= 1.1 * tried[0]
 
 
+def test_what_a_rewrite_makes_is_rewritten_before_what_comes_after_it() -> None:
+    """The root of the last rule is two ops behind what the others make, so nothing would offer it again."""
+    steps = [
+        rule(lambda x: op.tanh(x), lambda m, build: build(ops.Sigmoid(m.x))),
+        rule(lambda x: op.sigmoid(x), lambda m, build: build(ops.Erf(m.x))),
+        rule(lambda x: op.abs(op.exp(op.erf(x))), lambda m, build: build(ops.Relu(m.x))),
+    ]
+    module = graph(
+        """
+  %t = tanh(%x) : f32[2, 4]
+  %e = exp(%t) : f32[2, 4]
+  %y = abs(%e) : f32[2, 4]
+  return y=%y"""
+    )
+    assert apply_rules(module, steps) == 3
+    assert [found.name for found in module.walk()] == ["relu"]
+
+
 def test_a_rule_that_loops_is_an_error_that_names_it() -> None:
     class Swap(Rule):
         """Exchanges operands for ever."""

@@ -103,8 +103,10 @@ class _Worklist:
         build.location = location
         built = rule.rewrite(match, build)
         values = built if isinstance(built, tuple) else (built,)
-        for op in build.made:
-            self._add(op)
+        for op in reversed(build.made):
+            # Before what comes later in the graph: a pattern with its root there is to see the final form.
+            self._queue.appendleft(op)
+            self._queued.add(op)
         if [value.type for value in values] != [value.type for value in match.outputs]:
             raise PassError(
                 f"the rule {rule.name} built values of other types than it replaces",
