@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +28,7 @@ import torch
 from trimtab.ir import Builder, DType, Module, TensorType, Value, ops
 from trimtab.passes.manager import PassManager
 
-PIPELINE = (
-    "cleanup,reassociate-matmuls,simplify-permutes,raise-linear,fold-scale,"
-    "pack-linears,fold-constants{limit=1000000000},cse,dce"
-)
+PIPELINE = "cleanup,fuse,fold-constants{limit=1000000000},dce"
 ELEMENT = 64
 """Multiply-accumulates that take as long as moving one float32 element through memory: 180 G/s to 12 GB/s at 4 bytes
 read or written."""
@@ -38,65 +36,79 @@ read or written."""
 Kind = Literal["leaf", "matmul", "add", "scale", "transpose", "tanh"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
-    """A matrix expression. Equal terms are computed once."""
+    """A matrix expression, made by :func:`term`: equal terms are one object, and computed once."""
 
     kind: Kind
     rows: int
     columns: int
-    operands: tuple[Term, ...] = ()
-    name: str = ""
-    factor: float = 1.0
-    constant: bool = False
+    operands: tuple[Term, ...]
+    name: str
+    factor: float
+    constant: bool
 
     def __matmul__(self, other: Term) -> Term:
         assert self.columns == other.rows
-        return Term("matmul", self.rows, other.columns, (self, other), constant=self.constant and other.constant)
+        return term("matmul", self.rows, other.columns, (self, other), constant=self.constant and other.constant)
 
     def __add__(self, other: Term) -> Term:
-        return Term("add", self.rows, self.columns, (self, other), constant=self.constant and other.constant)
+        return term("add", self.rows, self.columns, (self, other), constant=self.constant and other.constant)
 
     def __rmul__(self, factor: float) -> Term:
-        return Term("scale", self.rows, self.columns, (self,), factor=factor, constant=self.constant)
+        return term("scale", self.rows, self.columns, (self,), factor=factor, constant=self.constant)
 
     @property
     def T(self) -> Term:
-        return Term("transpose", self.columns, self.rows, (self,), constant=self.constant)
+        return term("transpose", self.columns, self.rows, (self,), constant=self.constant)
 
     def tanh(self) -> Term:
-        return Term("tanh", self.rows, self.columns, (self,))
+        return term("tanh", self.rows, self.columns, (self,))
 
 
-def walk(term: Term, seen: set[Term] | None = None) -> Iterator[Term]:
+@cache
+def term(
+    kind: Kind,
+    rows: int,
+    columns: int,
+    operands: tuple[Term, ...] = (),
+    *,
+    name: str = "",
+    factor: float = 1.0,
+    constant: bool = False,
+) -> Term:
+    """The term with these parts."""
+    return Term(kind, rows, columns, operands, name, factor, constant)
+
+
+def walk(root: Term, seen: set[Term] | None = None) -> Iterator[Term]:
     """Each distinct subterm once, operands first."""
     seen = set() if seen is None else seen
-    if term not in seen:
-        for operand in term.operands:
+    if root not in seen:
+        seen.add(root)
+        for operand in root.operands:
             yield from walk(operand, seen)
-        if term not in seen:
-            seen.add(term)
-            yield term
+        yield root
 
 
-def cost(term: Term) -> int:
-    """The price of computing ``term``, common subterms once."""
-    return sum(_own_cost(part) for part in walk(term))
+def cost(root: Term) -> int:
+    """The price of computing ``root``, common subterms once."""
+    return sum(_own_cost(part) for part in walk(root))
 
 
-def _own_cost(term: Term) -> int:
-    if term.constant or term.kind == "leaf":
+def _own_cost(part: Term) -> int:
+    if part.constant or part.kind == "leaf":
         return 0
-    if term.kind == "matmul":
-        return term.rows * term.columns * term.operands[0].columns
-    return ELEMENT * term.rows * term.columns
+    if part.kind == "matmul":
+        return part.rows * part.columns * part.operands[0].columns
+    return ELEMENT * part.rows * part.columns
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------
 
 
-def to_module(term: Term) -> Module:
-    """``term`` as a module: leaves are inputs, or weights where they are constant."""
+def to_module(root: Term) -> Module:
+    """``root`` as a module: leaves are inputs, or weights where they are constant."""
     b = Builder()
     generator = torch.Generator().manual_seed(0)
     values: dict[Term, Value] = {}
@@ -113,28 +125,28 @@ def to_module(term: Term) -> Module:
         "transpose": lambda part, x: b(ops.Permute(x, dims=(1, 0))),
         "tanh": lambda part, x: b(ops.Tanh(x)),
     }
-    for part in walk(term):
+    for part in walk(root):
         values[part] = leaf(part) if part.kind == "leaf" else makers[part.kind](part, *map(values.get, part.operands))
-    b.output(values[term])
+    b.output(values[root])
     return b.module
 
 
 def module_cost(module: Module) -> int:
     """The price of a module by the rules of :func:`cost`."""
-    free = (ops.Full, ops.Reshape, ops.Split)
+    free = (ops.Full, ops.Reshape, ops.Slice, ops.Split)  # no element is moved: a slice is a view
     constant = {value for graph in module.all_graphs() for value in graph.weights}
     total = 0
     for op in module.walk():
         if isinstance(op, free) or all(value in constant for value in op.operands):
-            constant.update(op.results if not isinstance(op, ops.Reshape | ops.Split) else ())
+            constant.update(op.results if not isinstance(op, ops.Reshape | ops.Slice | ops.Split) else ())
         else:
             macs = int(op.macs())  # type: ignore[call-overload]
             total += macs or ELEMENT * sum(int(value.type.elements) for value in op.results)  # type: ignore[arg-type]
     return total
 
 
-def by_pipeline(term: Term) -> tuple[int, float]:
-    module = to_module(term)
+def by_pipeline(root: Term) -> tuple[int, float]:
+    module = to_module(root)
     start = time.perf_counter()
     result, _ = PassManager(PIPELINE, check="never").run(module)
     return module_cost(result), time.perf_counter() - start
@@ -143,7 +155,7 @@ def by_pipeline(term: Term) -> tuple[int, float]:
 # -- the e-graph ---------------------------------------------------------------------------------------------------
 
 
-def by_saturation(term: Term, rounds: int) -> tuple[int, float]:
+def by_saturation(root: Term, rounds: int) -> tuple[int, float]:
     """The cost of the cheapest tree in the e-graph after at most ``rounds`` rounds, and the seconds for all of it."""
     import egglog
 
@@ -151,17 +163,17 @@ def by_saturation(term: Term, rounds: int) -> tuple[int, float]:
     schedule = (
         f"(run-schedule (repeat {rounds} (saturate (run shapes)) (run algebra)) (saturate (run shapes)) (run prices))"
     )
-    program = "\n".join([_RULES, *_facts(term), schedule])
+    program = "\n".join([_RULES, *_facts(root), schedule])
     graph = egglog.bindings.EGraph()
     graph.run_program(*graph.parse_program(program))
     (found,) = graph.run_program(*graph.parse_program("(extract $root)"))
-    best = _read(found.termdag, found.term, {leaf.name: leaf for leaf in walk(term) if leaf.kind == "leaf"})
+    best = _read(found.termdag, found.term, {leaf.name: leaf for leaf in walk(root) if leaf.kind == "leaf"}, {})
     return cost(best), time.perf_counter() - start
 
 
-def _facts(term: Term) -> Iterator[str]:
+def _facts(root: Term) -> Iterator[str]:
     names: dict[Term, str] = {}
-    for index, part in enumerate(walk(term)):
+    for index, part in enumerate(walk(root)):
         names[part] = f"$t{index}"
         held = " ".join(names[operand] for operand in part.operands)
         if part.kind == "leaf":
@@ -171,7 +183,7 @@ def _facts(term: Term) -> Iterator[str]:
         else:
             text = f"({part.kind.capitalize()} {held})"
         yield f"(let {names[part]} {text})"
-    yield f"(let $root {names[term]})"
+    yield f"(let $root {names[root]})"
 
 
 _RULES = """
@@ -221,37 +233,40 @@ _RULES = """
 """The same algebra as the passes know, as rewrites in both directions; shapes and prices are learned by rules."""
 
 
-def _read(dag: Any, index: int, leaves: dict[str, Term]) -> Term:
+def _read(dag: Any, index: int, leaves: dict[str, Term], known: dict[int, Term]) -> Term:
     """The term with this number in an extraction."""
-    node = dag.get(index)
-    parts = [dag.get(part) for part in node.args]
-    if node.name == "Leaf":
-        return leaves[parts[0].value.value]
-    if node.name == "Scale":
-        return float(parts[0].value.value) * _read(dag, node.args[1], leaves)
-    operands = [_read(dag, part, leaves) for part in node.args]
-    if node.name == "Matmul":
-        return operands[0] @ operands[1]
-    if node.name == "Add":
-        return operands[0] + operands[1]
-    return operands[0].T if node.name == "Transpose" else operands[0].tanh()
+    if index not in known:
+        node = dag.get(index)
+        if node.name == "Leaf":
+            known[index] = leaves[dag.get(node.args[0]).value.value]
+        elif node.name == "Scale":
+            known[index] = float(dag.get(node.args[0]).value.value) * _read(dag, node.args[1], leaves, known)
+        else:
+            parts = [_read(dag, part, leaves, known) for part in node.args]
+            known[index] = {
+                "Matmul": lambda x, y: x @ y,
+                "Add": lambda x, y: x + y,
+                "Transpose": lambda x: x.T,
+                "Tanh": lambda x: x.tanh(),
+            }[node.name](*parts)
+    return known[index]
 
 
 # -- the comparison ------------------------------------------------------------------------------------------------
 
 
 def leaf(name: str, rows: int, columns: int, constant: bool = False) -> Term:
-    return Term("leaf", rows, columns, name=name, constant=constant)
+    return term("leaf", rows, columns, name=name, constant=constant)
 
 
 def chain(length: int, seed: int) -> Term:
     """A product of matrices of random sizes."""
     draw = random.Random(seed)
     sizes = [draw.choice((4, 16, 64, 256)) for _ in range(length + 1)]
-    term = leaf("m0", sizes[0], sizes[1])
+    found = leaf("m0", sizes[0], sizes[1])
     for index in range(1, length):
-        term = term @ leaf(f"m{index}", sizes[index], sizes[index + 1])
-    return term
+        found = found @ leaf(f"m{index}", sizes[index], sizes[index + 1])
+    return found
 
 
 def adapter(x: Term, prefix: str, width: int, rank: int, merged: bool) -> Term:
@@ -286,6 +301,7 @@ CASES: dict[str, Callable[[], Term]] = {
     "1 block": lambda: blocks(1, 256, 32),
     "2 blocks": lambda: blocks(2, 256, 32),
     "4 blocks": lambda: blocks(4, 256, 32),
+    "12 blocks": lambda: blocks(12, 256, 32),
 }
 
 
@@ -301,12 +317,12 @@ def main() -> int:
         + "  ".join(f"{n} rounds: cost, ms" for n in args.rounds)
     )
     for name, make in CASES.items():
-        term = make()
-        reached, seconds = by_pipeline(term)
-        row: dict[str, Any] = {"case": name, "given": cost(term), "pipeline": reached, "pipeline_ms": 1e3 * seconds}
+        given = make()
+        reached, seconds = by_pipeline(given)
+        row: dict[str, Any] = {"case": name, "given": cost(given), "pipeline": reached, "pipeline_ms": 1e3 * seconds}
         texts = []
         for rounds in args.rounds:
-            found, taken = by_saturation(term, rounds)
+            found, taken = by_saturation(given, rounds)
             row[f"egglog_{rounds}"], row[f"egglog_{rounds}_ms"] = found, 1e3 * taken
             texts.append(f"{found / 1e6:9.3f} {1e3 * taken:8.1f}")
         rows.append(row)

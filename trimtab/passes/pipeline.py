@@ -71,8 +71,8 @@ _GROUPS = {
     ),
     # Scales go into the weights while these are still apart; packing comes when nothing is folded any more.
     "fuse": _GroupDeclaration(
-        "raise,merge-adapters,fold-conv-affine,raise-patch-embedding,fold-layer-scale,fold-scale,"
-        "fold-norm-affine,push-slices,pack-linears,cleanup",
+        "raise,merge-adapters,sink-permutes,fold-conv-affine,raise-patch-embedding,fold-layer-scale,fold-scale,"
+        "fold-norm-affine,reassociate-matmuls,drop-dead-heads,push-slices,pack-linears,cleanup",
         rounds=1,
         summary="exact raising, folding, packing and the removal of work that nobody reads",
     ),
