@@ -137,13 +137,15 @@ graph main(%x: f32[batch, 4]) {
   %kept = slice(%f) {dim=1, start=0, stop=4, step=2} : f32[batch, 2]
   return f=%f, kept=%kept
 }""",
-        "joined_with_nothing": """
+        "nothing_joined_or_cut_off": """
 graph main(%x: f32[2, 4], %none: f32[2, 0]) {
   %empty = slice(%x) {dim=1, start=4, stop=4} : f32[2, 0]
   %a = concat([%empty, %x, %none]) {dim=1} : f32[2, 4]
   %b = concat([%empty, %none]) {dim=1} : f32[2, 0]
-  %kept = concat([%x, %empty, %x]) {dim=1} : f32[2, 8]
-  return a=%a, b=%b, kept=%kept
+  %all, %rest = split(%a) {dim=1, sizes=[4, 0]} : f32[2, 4], f32[2, 0]
+  %part, %other = split(%a) {dim=1, sizes=[3, 1]} : f32[2, 3], f32[2, 1]
+  %kept = concat([%part, %empty, %x]) {dim=1} : f32[2, 7]
+  return all=%all, b=%b, kept=%kept
 }""",
     },
     "simplify-reshapes": {

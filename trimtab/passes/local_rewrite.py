@@ -11,11 +11,12 @@ from trimtab.ir.op import Op
 from trimtab.ir.rewrite import Rewrites
 
 LocalRule: TypeAlias = Callable[[Op, Builder], Value | None]
-"""Gives the value that replaces the op's only result, or None. New ops go through the builder, before the op."""
+"""Gives the value to read instead of the one result of the op that is read, or None. New ops go through the builder,
+before the op."""
 
 
 def rewrite_each(module: Module, rule: LocalRule, name: str, rewrites: Rewrites) -> bool:
-    """Offer each op with one result to ``rule``, in execution order, so that a rule sees rewritten operands.
+    """Offer each op with one result that is read to ``rule``, in execution order, so that a rule sees new operands.
 
     A replaced op is removed.
 
@@ -33,11 +34,12 @@ def rewrite_each(module: Module, rule: LocalRule, name: str, rewrites: Rewrites)
         for op in graph.ops:
             if rewrites.exhausted:
                 return changed
-            if len(op.results) != 1:
+            read = [result for result in op.results if result.uses]
+            if len(read) != 1:
                 continue
             value = rule(op, Builder(module, graph, before=op, made_by=name))
             if value is not None and rewrites.permit(name, op):
-                op.result.replace_all_uses_with(value)
+                read[0].replace_all_uses_with(value)
                 graph.ops.remove(op)
                 changed = True
     return changed

@@ -39,18 +39,21 @@ class _Rotary(Rule):
     by_pair = False
 
     def check(self, m: Match) -> str | None:
-        *leading, width = m.x.type.shape
-        if m.root.type != m.x.type:
-            return f"the result is {m.root.type}, but x is {m.x.type}"
-        if any([*leading, width] != _doubled(part) for part in (m.a, m.b)):
+        whole = _whole(m)
+        # Tables of an entry a channel are aligned with x as it is, those of an entry a pair with the parts.
+        if m.a.type != m.b.type or (m.x.type.elements != whole.elements if self.by_pair else m.x.type != whole):
             return f"{m.a.type} and {m.b.type} are not the first and second channels of all pairs of {m.x.type}"
-        if self.by_pair and any(_doubled(table)[-1:] != [width] for table in (m.cos, m.sin)):
+        if m.root.type.elements != whole.elements:
+            return f"the result is {m.root.type}, but x is {m.x.type}"
+        if self.by_pair and any(_doubled(table)[-1:] != list(whole.shape[-1:]) for table in (m.cos, m.sin)):
             return f"the tables {m.cos.type} and {m.sin.type} have not one entry a pair"
-        return ops.RotaryEmbedding.refusal(m.x.type, self._width_of(m.cos), self._width_of(m.sin)) or None
+        return ops.RotaryEmbedding.refusal(whole, self._width_of(m.cos), self._width_of(m.sin)) or None
 
     def rewrite(self, m: Match, build: Builder) -> Value:
+        x = _reshaped(m.x, _whole(m), build)
         cos, sin = (self._by_channel(table, build) for table in (m.cos, m.sin))
-        return build(ops.RotaryEmbedding(m.x, cos, sin, interleaved=self.interleaved))
+        turned = build(ops.RotaryEmbedding(x, cos, sin, interleaved=self.interleaved))
+        return _reshaped(turned, m.root.type, build)
 
     def _width_of(self, table: Value) -> TensorType:
         return table.type.with_shape(*_doubled(table)) if self.by_pair else table.type
@@ -125,6 +128,16 @@ class PartialRotary(Rule):
 
     def rewrite(self, m: Match, build: Builder) -> Value:
         return build(ops.RotaryEmbedding(m.x, m.cos, m.sin, interleaved=m.interleaved))
+
+
+def _whole(m: Match) -> TensorType:
+    """The type in which x is cut. Clean-up may have joined the reshape before or behind the rotation with others."""
+    whole: TensorType = m.x.type.with_shape(*_doubled(m.a))
+    return whole
+
+
+def _reshaped(x: Value, type: TensorType, build: Builder) -> Value:
+    return x if x.type == type else build(ops.Reshape(x, shape=type.shape))
 
 
 def _doubled(value: Value) -> list[Dim]:

@@ -34,8 +34,8 @@ class SimplifyIdentities(Pass):
 def _identity(op: Op, build: Builder) -> Value | None:
     rule = _RULES.get(type(op))
     value = rule(op) if rule is not None else None
-    # An identity that broadcasts or converts its operand is none.
-    return value if value is not None and value.type == op.result.type else None
+    # An identity that broadcasts or converts its operand is none, nor is a part of it.
+    return value if value is not None and all(value.type == r.type for r in op.results if r.uses) else None
 
 
 Rule = Callable[[Any], Value | None]
@@ -147,7 +147,7 @@ _RULES: Mapping[type[Op], Rule] = {
     ops.Clamp: _operand_if(lambda op: op.min is None and op.max is None),
     ops.Slice: _slice,
     ops.Concat: _concat,
-    ops.Split: lambda op: op.x if len(op.sizes) == 1 else None,
+    ops.Split: _operand_if(lambda op: True),
     ops.Expand: _operand_if(lambda op: True),
     ops.Reshape: _operand_if(lambda op: True),
     ops.Permute: _operand_if(lambda op: op.dims == tuple(range(len(op.dims)))),
