@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from trimtab import optimize
+from trimtab.frontend.torch_export import import_program
 from trimtab.ir import Builder, Dim, DType, Module, TensorType, Value, interpret, ops, symbol
 from trimtab.ir.rewrite import Rule
 from trimtab.passes import raise_layer_norm, raise_rms_norm
+from trimtab.passes.raise_group_norm import GroupNormWeight, GroupsOfChannels
 from trimtab.passes.raise_layer_norm import LayerNormBias, LayerNormWeight
 from trimtab.passes.raise_rms_norm import RmsNormWeight
 
@@ -70,6 +72,11 @@ class Writer(Builder):
     def done(self, *outputs: Value) -> Module:
         self.output(*outputs)
         return self.module
+
+
+def reason(rule: Rule, module: Module) -> str:
+    """Why the rule does not match where it gets furthest."""
+    return rule.explain(module).reason
 
 
 # -- spellings ---------------------------------------------------------------------------------------------------------
@@ -238,6 +245,94 @@ def test_casts_from_float32_to_float64_stay() -> None:
     assert [op.name for op in module.walk()] == ["cast", "rms_norm", "cast"]
 
 
+# -- group norm --------------------------------------------------------------------------------------------------------
+
+
+class Images(Writer):
+    """Images of 6 channels with a weight and a bias for each."""
+
+    def __init__(self, dtype: DType = F32) -> None:
+        super().__init__((symbol("batch", 1, 8), 6, 4, 5), dtype)
+        self.w, self.b = (self.weight(name, torch.randn(6, 1, 1)) for name in ("w", "b"))
+        self.parts = self(ops.Reshape(self.x, shape=(self.x.type.shape[0], 3, 40)))
+
+    def whole(self, x: Value) -> Value:
+        return self(ops.Reshape(x, shape=self.x.type.shape))
+
+
+def group_norm_of_rows(f: Images) -> Value:
+    """ONNX GroupNormalization, expanded."""
+    f.dims = (2,)
+    centred = f.minus(f.parts, f.mean(f.parts))
+    return f.affine(f.whole(f(ops.Div(centred, f(ops.Sqrt(f.spread(centred)))))))
+
+
+def group_norm_of_instances(f: Images) -> Value:
+    """torch.onnx.export(dynamo=False): an instance norm with ones and zeros."""
+    ones, zeros = f.weight("ones", torch.ones(3)), f.weight("zeros", torch.zeros(3))
+    return f.affine(f.whole(f(ops.GroupNorm(f.parts, ones, zeros, groups=3))))
+
+
+def group_norm_multiplied_out(f: Images) -> Value:
+    """torch's own decomposition."""
+    batch = f.x.type.shape[0]
+    parts = f(ops.Reshape(f.x, shape=(batch, 3, 2, 20)))
+    f.dims = (2, 3)
+    mean = f.mean(parts)
+    w, b = (f(ops.Reshape(value, shape=(1, 3, 2, 1))) for value in (f.w, f.b))
+    gain = f.times(f.inverse(f.spread(f.minus(parts, mean))), w)
+    shift = f.plus(f.times(f(ops.Neg(mean)), gain), b)
+    gain, shift = (f(ops.Reshape(value, shape=(batch, 6, 1, 1))) for value in (gain, shift))
+    return f.plus(f.times(f.x, gain), shift)
+
+
+GROUP_PIPELINE = "fold-constants,raise-layer-norm,raise-group-norm,cleanup"
+
+
+@pytest.mark.parametrize("spelling", spellings("group_norm_"), ids=lambda spelling: spelling.__name__)
+def test_every_spelling_becomes_one_group_norm(spelling: Callable[[Images], Value]) -> None:
+    f = Images()
+    (op,) = optimize(f.done(spelling(f)), GROUP_PIPELINE).module.main.ops
+    assert isinstance(op, ops.GroupNorm)
+    assert (op.groups, op.eps, op.x.name) == (3, 1e-5, "x")
+    assert (op.weight is not None, op.bias is not None) == (True, True)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_decomposition_of_torch(groups: int, affine: bool) -> None:
+    from torch._decomp import get_decompositions
+
+    norm = torch.nn.GroupNorm(groups, 6, affine=affine)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    program = torch.export.export(norm.eval(), (torch.randn(2, 6, 4, 5),))
+    taken_apart = program.run_decompositions(get_decompositions([torch.ops.aten.native_group_norm]))
+    module = optimize(import_program(taken_apart), f"cleanup,{GROUP_PIPELINE}").module
+    assert [op.name for op in module.walk()] == ["group_norm"]
+    x = torch.randn(2, 6, 4, 5)
+    torch.testing.assert_close(interpret(module, [x])[0], norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_norm_between_reshapes_is_no_group_norm() -> None:
+    f = Writer((2, 3, 8))
+    module = f.done(f(ops.Reshape(f(ops.LayerNorm(f(ops.Reshape(f.x, shape=(2, 3, 8))))), shape=(2, 3, 2, 4))))
+    assert reason(GroupsOfChannels(), module) == "each group is one row: this is a layer norm"
+
+
+def test_parameters_of_groups_stay() -> None:
+    f = Images()
+    normed = f(ops.GroupNorm(f.parts, f.weight("scale", torch.randn(3)), groups=3))
+    assert reason(GroupsOfChannels(), f.done(f.whole(normed))) == "the norm has parameters for groups, not for channels"
+
+
+def test_a_scale_of_positions_stays_outside() -> None:
+    f = Images()
+    module = f.done(f.times(f(ops.GroupNorm(f.x, groups=3)), f.weight("s", torch.randn(4, 5))))
+    assert reason(GroupNormWeight(), module) == "f32[4, 5] is not one number for each channel of f32[batch, 6, 4, 5]"
+
+
 # -- what is no norm ---------------------------------------------------------------------------------------------------
 
 
@@ -273,11 +368,6 @@ def test_what_is_no_norm_stays(spelling: Spelling) -> None:
     module = f.done(spelling(f, f.x))
     after = optimize(module, PIPELINE).module
     assert [op.name for op in after.walk()] == [op.name for op in module.walk()]
-
-
-def reason(rule: Rule, module: Module) -> str:
-    """Why the rule does not match where it gets furthest."""
-    return rule.explain(module).reason
 
 
 def test_another_axis_is_named() -> None:

@@ -7,7 +7,7 @@ from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
 from trimtab.ir.ops import Reshape
-from trimtab.ir.rewrite import Attr, Match, Pattern, Scalar, Var, one_of, op
+from trimtab.ir.rewrite import Attr, Match, Pattern, Scalar, one_of, op
 
 
 def mean(x: Pattern, dims: Attr) -> Pattern:
@@ -15,7 +15,7 @@ def mean(x: Pattern, dims: Attr) -> Pattern:
     return op.mean(x, dims=dims, keepdim=True)
 
 
-def gain(spread: Pattern, eps: Scalar, weight: Var) -> Pattern:
+def gain(spread: Pattern, eps: Scalar, weight: Pattern) -> Pattern:
     """``1 / sqrt(spread + eps)``, which may be multiplied by the weight before it is applied."""
     inverse = (spread + eps) ** -0.5
     return one_of(inverse * weight, inverse)

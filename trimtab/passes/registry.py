@@ -39,6 +39,7 @@ _OWN: Mapping[str, str] = {
     "raise-activations": "trimtab.passes.raise_activations:RaiseActivations",
     "raise-attention": "trimtab.passes.raise_attention:RaiseAttention",
     "raise-gelu": "trimtab.passes.raise_gelu:RaiseGelu",
+    "raise-group-norm": "trimtab.passes.raise_group_norm:RaiseGroupNorm",
     "raise-layer-norm": "trimtab.passes.raise_layer_norm:RaiseLayerNorm",
     "raise-linear": "trimtab.passes.raise_linear:RaiseLinear",
     "raise-patch-embedding": "trimtab.passes.raise_patch_embedding:RaisePatchEmbedding",
