@@ -36,6 +36,9 @@ def random_transformer(seed: int) -> Module:
 
 
 class _Writer:
+    """Draws the spellings of one module. Layers that models do not have stand here too: pruned heads, adapters,
+    attention without softmax."""
+
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._b = Builder()
@@ -117,7 +120,11 @@ class _Writer:
         if rng.random() < 0.3:
             q, k = self._rotary(q), self._rotary(k)
         scale = 1 / math.sqrt(self._size)
-        if rng.random() < 0.3:
+        kind = rng.random()
+        if kind < 0.1:
+            k = self._repeat_heads(k)
+            joined = b(ops.Matmul(b(ops.Matmul(q, b(ops.Permute(k, dims=(0, 1, 3, 2))))), self._repeat_heads(v)))
+        elif kind < 0.35:
             joined = b(ops.Attention(q, k, v, scale=scale, causal=rng.random() < 0.3))
         else:
             k, v = self._repeat_heads(k), self._repeat_heads(v)
@@ -135,7 +142,15 @@ class _Writer:
                 self._also_returned.append(probabilities)
             joined = b(ops.Matmul(probabilities, v))
         back = b(ops.Permute(joined, dims=(0, 2, 1, 3)))
-        return self._linear(b(ops.Reshape(back, shape=(self._batch, self._tokens, self._width))), self._width)
+        flat = b(ops.Reshape(back, shape=(self._batch, self._tokens, self._width)))
+        return self._pruned(flat) if self._heads > 1 and rng.random() < 0.2 else self._linear(flat, self._width)
+
+    def _pruned(self, x: Value) -> Value:
+        """A projection that ignores the first head."""
+        value = self._weight(self._width, self._width)
+        data = self._b.module.weights[value.weight].tensor().clone()
+        data[:, : self._size] = 0
+        return self._b(ops.Linear(x, self._b.weight("pruned", data, trainable=True)))
 
     def _split(self, x: Value, heads: int) -> Value:
         b = self._b
@@ -176,6 +191,10 @@ class _Writer:
         depth = int(x.type.shape[-1])
         bias = self._weight(width) if rng.random() < 0.7 else None
         spelling = rng.random()
+        if spelling < 0.15:
+            low = b(ops.Linear(x, self._weight(2, depth)))
+            adapter = self._times(b(ops.Linear(low, self._weight(width, 2))), 0.5)
+            return b(ops.Add(*self._either(b(ops.Linear(x, self._weight(width, depth), bias)), adapter)))
         if spelling < 0.5:
             return b(ops.Linear(x, self._weight(width, depth), bias))
         if spelling < 0.75:
