@@ -337,6 +337,20 @@ def vit(w: Writer, spelling: Spelling, x: str) -> str:
     return spelling.norm(w, x)
 
 
+def timm(w: Writer, spelling: Spelling, x: str) -> str:
+    """Like ViT; queries, keys and values are a leading axis of five, from which each is gathered."""
+    for _ in range(BLOCKS):
+        packed = w.linear(spelling.norm(w, x), WIDTH, 3 * WIDTH)
+        packed = w.reshape(packed, w.size(x, 0), w.size(x, 1), 3, HEADS, HEAD)
+        packed = w("Transpose", packed, perm=[2, 0, 3, 1, 4])
+        q, k, v = (w("Gather", packed, np.array(index), axis=0) for index in range(3))
+        scores = w("Mul", w("MatMul", q, w("Transpose", k, perm=[0, 1, 3, 2])), HEAD**-0.5)
+        attended = w.join_heads(w("MatMul", w("Softmax", scores, axis=3), v))
+        x = w("Add", x, w.linear(attended, WIDTH, WIDTH))
+        x = w("Add", x, w.linear(spelling.activation(w, w.linear(spelling.norm(w, x), WIDTH, HIDDEN)), HIDDEN, WIDTH))
+    return spelling.norm(w, x)
+
+
 def gpt2(w: Writer, spelling: Spelling, x: str) -> str:
     """Like ViT; a linear layer is a Gemm on the rows of a matrix."""
 
@@ -387,7 +401,6 @@ def llama(w: Writer, spelling: Spelling, x: str) -> str:
 
 
 Architecture = Callable[[Writer, Spelling, str], str]
-_NORMS = {bert: 2 * BLOCKS, vit: 2 * BLOCKS + 1, gpt2: 2 * BLOCKS + 1, llama: 2 * BLOCKS + 1}
 
 _VARIANTS: tuple[tuple[Architecture, Spelling], ...] = (
     (bert, Spelling(mask=mask_additive, opset=11)),
@@ -398,6 +411,7 @@ _VARIANTS: tuple[tuple[Architecture, Spelling], ...] = (
     (vit, Spelling(layer_norm_pytorch, gelu_half_first, attention_multiplied, opset=12)),
     (vit, Spelling(layer_norm_reciprocal, gelu_half_last, attention_roots, opset=14)),
     (vit, Spelling(layer_norm_expanded, gelu_sigmoid, attention_scaled_early, opset=13)),
+    (timm, Spelling(layer_norm_pytorch, gelu_half_last, opset=12)),
     (gpt2, Spelling(layer_norm_pytorch, gelu_tanh_power, attention_divided, mask_where, opset=11)),
     (gpt2, Spelling(layer_norm_two_differences, gelu_tanh_factored, attention_divided, mask_where, opset=12)),
     (llama, Spelling(rms_norm_inverse, silu, mask=mask_additive, opset=14)),
@@ -425,16 +439,16 @@ def _write(seed: int, architecture: Architecture, spelling: Spelling) -> HandWri
     graph = helper.make_graph(writer.nodes, "graph", [declared[name] for name in inputs], [output], writer.weights)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", spelling.opset)], ir_version=7)
     onnx.checker.check_model(proto, full_check=True)
-    kinds = (spelling.norm, spelling.activation)
-    parts = [part.__name__ for part in (*kinds, spelling.attention, spelling.mask)]
-    counts = {
-        "attention": BLOCKS,
-        _kind(spelling.norm): _NORMS[architecture],
-        _kind(spelling.activation): BLOCKS,
-    }
+    parts: list[Callable[..., str]] = [spelling.norm, spelling.activation, spelling.attention, spelling.mask]
+    if architecture in (timm, llama):
+        parts.remove(spelling.attention)  # they have one of their own
+    name = f"{architecture.__name__}-{spelling.opset}: {', '.join(part.__name__ for part in parts)}"
+    counts = {"attention": BLOCKS, _kind(spelling.norm): 2 * BLOCKS, _kind(spelling.activation): BLOCKS}
+    if architecture is not bert:
+        counts[_kind(spelling.norm)] += 1  # the one at the end
     if architecture is llama:
         counts["rotary_embedding"] = 2 * BLOCKS
-    return HandWritten(f"{architecture.__name__}-{spelling.opset}: {', '.join(parts)}", proto, inputs, counts)
+    return HandWritten(name, proto, inputs, counts)
 
 
 def _kind(writer: Norm | Activation) -> str:
