@@ -82,8 +82,6 @@ class Kernel:
         """The leading axes that all of a row kernel's ops share; empty for other kernels."""
         return _leading_axes(self.row_ops[0]) if self.row_ops and all(map(_leading_axes, self.row_ops)) else ()
 
-    # -- what fits --------------------------------------------------------------------------------------------------
-
     def refusal(self) -> str:
         """Why the ops do not fit in one kernel, or the empty text."""
         if any(isinstance(op, CONTRACTIONS) for op in self.ops):
@@ -180,34 +178,6 @@ class Kernel:
             self._only_moves(value.producer) for value in op.operands if value.producer in self.members
         )
 
-    # -- what it costs ----------------------------------------------------------------------------------------------
-
-    def bytes(self) -> Dim:
-        """Bytes read from memory and written to it; of an operand that is moved, those that are taken from it."""
-        read: dict[Value, Dim] = {}
-        for op, value in self.outside:
-            moved = isinstance(op, _MOVES)
-            read[value] = op.result.type.bytes if moved and value not in read else value.type.bytes
-        return _total([*read.values(), *(value.type.bytes for value in self.kept)])
-
-    def row_bytes(self) -> Dim:
-        """Bytes that a row kernel holds between its loops."""
-        held = [op.result.type.shape[len(self.rows) :] for op in self.ops if op.result not in self.kept]
-        return _total([product(shape) * 4 for shape in held]) if self.rows else 0
-
-    def instructions(self) -> Dim:
-        """Operations on elements, those of a contraction itself aside, in units of an addition."""
-        return _total([
-            _touched(op).type.elements * (_COSTLY_WEIGHT if isinstance(op, _COSTLY) else 1)
-            for op in self.ops if not isinstance(op, CONTRACTIONS)
-        ])  # fmt: skip
-
-    def tasks(self) -> Dim | None:
-        """Iterations of the parallel loop; None for the tiles of a contraction, which are always enough."""
-        if isinstance(self.ops[0], CONTRACTIONS):
-            return None
-        return product(self.rows) if self.rows else self.ops[-1].result.type.elements
-
 
 @dataclass(frozen=True)
 class CostModel:
@@ -215,28 +185,62 @@ class CostModel:
 
     Attributes:
         launch: microseconds to start the threads and to wait for the last one.
-        bandwidth: gigabytes a second between cache and memory, all threads together.
+        bandwidth: gigabytes a second between memory and the processor, all threads together.
         rate: billions of additions a second, all threads together.
         width: tasks that are needed to keep all threads busy.
+        sizes: the sizes of symbols to estimate with.
     """
 
     launch: float
     bandwidth: float
     rate: float
     width: int
+    sizes: Mapping[str, int]
 
-    def seconds(self, kernel: Kernel, sizes: Mapping[str, int]) -> float:
-        """The estimate for one kernel with the symbols at ``sizes``, without a contraction's multiply-accumulates."""
-        memory = int(evaluate(kernel.bytes(), sizes)) / self.bandwidth
-        arithmetic = int(evaluate(kernel.instructions(), sizes)) / self.rate
-        tasks = kernel.tasks()
-        share = 1.0 if tasks is None else min(1.0, max(1, int(evaluate(tasks, sizes))) / self.width)
-        return self.launch * 1e-6 + (memory + arithmetic) * 1e-9 / share
+    def seconds(self, kernel: Kernel) -> float:
+        """The estimate for one kernel, without the multiply-accumulates of a contraction."""
+        work = self.bytes(kernel) / self.bandwidth + self.instructions(kernel) / self.rate
+        return self.launch * 1e-6 + work * 1e-9 / min(1.0, self.tasks(kernel) / self.width)
+
+    def bytes(self, kernel: Kernel) -> int:
+        """Bytes read from memory and written to it; of an operand that is moved, at most those that are taken."""
+        read: dict[Value, int] = {}
+        for op, value in kernel.outside:
+            size = self._number(value.type.bytes)
+            taken = min(size, self._number(op.result.type.bytes)) if isinstance(op, _MOVES) else size
+            read[value] = min(size, read.get(value, 0) + taken)
+        return sum(read.values()) + sum(self._number(value.type.bytes) for value in kernel.kept)
+
+    def row_bytes(self, kernel: Kernel) -> int:
+        """Bytes that a row kernel holds between its loops."""
+        if not kernel.rows:
+            return 0
+        held = [op.result.type for op in kernel.ops if op.result not in kernel.kept]
+        return sum(self._number(type.bytes) for type in held) // max(1, self._number(product(kernel.rows)))
+
+    def instructions(self, kernel: Kernel) -> int:
+        """Operations on elements, in units of an addition."""
+        total = 0
+        for op in kernel.ops:
+            if not isinstance(op, CONTRACTIONS):
+                touched = op.operands[0] if isinstance(op, _REDUCTIONS) else op.result
+                weight = _COSTLY_WEIGHT if isinstance(op, _COSTLY) else 1
+                total += weight * self._number(touched.type.elements)
+        return total
+
+    def tasks(self, kernel: Kernel) -> int:
+        """Iterations of the parallel loop; the tiles of a contraction count as enough."""
+        if isinstance(kernel.ops[0], CONTRACTIONS):
+            return self.width
+        return max(1, self._number(product(kernel.rows or kernel.ops[-1].result.type.shape)))
+
+    def _number(self, dim: Dim) -> int:
+        return int(evaluate(dim, self.sizes))
 
 
-def typical_sizes(graph_symbols: Iterable[Symbol]) -> dict[str, int]:
+def typical_sizes(symbols: Iterable[Symbol]) -> dict[str, int]:
     """Sizes of symbols to estimate with: 128, or the nearest size in the symbol's range."""
-    return {s.name: max(s.min, 128 if s.max is None else min(128, s.max)) for s in graph_symbols}
+    return {s.name: max(s.min, 128 if s.max is None else min(128, s.max)) for s in symbols}
 
 
 _REPEATED = "an op would compute an element several times"
@@ -271,15 +275,3 @@ def _leading_axes(op: Op) -> Shape:
         dims = sorted(op.attributes["dims"])
     count = len(shape) - len(dims)
     return shape[:count] if dims and list(dims) == list(range(count, len(shape))) else ()
-
-
-def _touched(op: Op) -> Value:
-    """The larger of a result and what it is made from: the elements an op goes over."""
-    return op.operands[0] if isinstance(op, _REDUCTIONS) else op.result
-
-
-def _total(dims: Iterable[Dim]) -> Dim:
-    total: Dim = 0
-    for dim in dims:
-        total = total + dim
-    return total

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trimtab.ir.core import Graph, Module
-from trimtab.ir.dims import evaluate
 from trimtab.ir.fused import fuse
 from trimtab.ir.op import Op
 from trimtab.ir.ops import Fused
@@ -50,12 +49,6 @@ class GroupFusions(Pass):
             ctx.note(f"{kinds.total()} groups: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
         return bool(kinds)
 
-    @property
-    def cost_model(self) -> CostModel:
-        return CostModel(
-            self.launch_us, self.gigabytes_per_second, self.giga_operations_per_second, self.parallel_tasks
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class _Group:
@@ -74,11 +67,16 @@ class _Grouping:
 
     def __init__(self, options: GroupFusions, module: Module, graph: Graph, ctx: Context) -> None:
         self._options = options
-        self._model = options.cost_model
+        self._model = CostModel(
+            options.launch_us,
+            options.gigabytes_per_second,
+            options.giga_operations_per_second,
+            options.parallel_tasks,
+            typical_sizes(module.symbols().values()),
+        )
         self._module = module
         self._rewrites = ctx.rewrites
         self._log = ctx.rewrites.of(options.name)
-        self._sizes = typical_sizes(module.symbols().values())
         self._place = {op: position for position, op in enumerate(graph.ops)}
         self._groups = {op: _Group((op,), op) for op in graph.ops}
 
@@ -120,8 +118,8 @@ class _Grouping:
         if not reason and anchor is None:
             reason = "something between the ops would have to run before and after them"
         if not reason:
-            parts = [self._model.seconds(Kernel(part.ops), self._sizes) for part in (first, second)]
-            saved = sum(parts) - self._model.seconds(kernel, self._sizes)
+            apart = sum(self._model.seconds(Kernel(group.ops)) for group in (first, second))
+            saved = apart - self._model.seconds(kernel)
             reason = "it would take longer" if saved <= 0 else ""
         if reason or anchor is None:
             self._note(reason, first, second)
@@ -141,7 +139,7 @@ class _Grouping:
         if len(kernel.ops) > self._options.max_ops:
             return "the group has max_ops ops"
         reason = kernel.refusal()
-        if not reason and int(evaluate(kernel.row_bytes(), self._sizes)) > self._options.max_row_bytes:
+        if not reason and self._model.row_bytes(kernel) > self._options.max_row_bytes:
             return "a row has more than max_row_bytes bytes"
         return reason
 
