@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.errors import InternalError, UsageError
+from trimtab.errors import InternalError, Location, UsageError
 from trimtab.ir import OP_CLASSES, Builder, DType, Graph, Module, Op, TensorType, Use, Value, Weight, symbol, verify
 from trimtab.ir.attributes import check_attribute
 from trimtab.ir.ops import (
@@ -191,6 +191,40 @@ def test_ops_can_be_edited_while_they_are_walked() -> None:
     assert (len(module.main.ops), module.main.ops.first, module.main.ops.last) == (5, ops[0], ops[4])
     assert ops[0] in module.main.ops
     assert ops[1] not in module.main.ops
+
+
+def test_a_builder_replaces_an_op_where_it_stands() -> None:
+    module, ops = chain(3)
+    ops[1].location = Location("model.py", 7)
+    ops[1].result.name = "middle"
+    new = Builder(module, made_by="a-rule").replace(ops[1], Gelu(ops[0].result))
+    assert list(module.main.ops) == [ops[0], new, ops[2]]
+    assert ops[2].operands == new.results
+    assert (new.location, new.made_by, new.result.name) == (ops[1].location, "a-rule", "middle")
+    verify(module)
+
+
+def test_nested_graphs_and_readers_of_weights_are_found() -> None:
+    b = Builder()
+    x = b.input("x", TensorType(DType.F32, (2,)))
+    w = Weight.from_tensor("w", torch.ones(2))
+    b.module.add_weight(w)
+    bodies = []
+    for _ in range(2):
+        body = Graph()
+        body.set_outputs([body.ops.append(Add(body.add_input(x.type), body.weight(w))).result])
+        bodies.append(body)
+    second = b.add(Repeat((x,), (), (), bodies[1], n=2))
+    first = b.graph.ops.insert_before(second, Repeat((x,), (), (), bodies[0], n=2))
+    b.output(first.results[0], b(Add(second.results[0], b.graph.weight(w))))
+    assert b.graph.ops.with_regions == [first, second]
+    assert list(b.module.all_graphs()) == [b.graph, *bodies]
+    assert [use.user.graph for use in b.module.readers("w")] == [b.graph, *bodies]
+    first.results[0].replace_all_uses_with(x)
+    b.graph.ops.remove(first)
+    assert list(b.module.all_graphs()) == [b.graph, bodies[1]]
+    assert len(list(b.module.readers("w"))) == 2
+    assert list(b.module.readers("unknown")) == []
 
 
 def test_editing_mistakes_are_internal_errors() -> None:

@@ -15,7 +15,7 @@ from trimtab.errors import InternalError
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.op import Op
 from trimtab.ir.ops import Add, Div, Mul, Neg, Sub
-from trimtab.ir.printer import print_op
+from trimtab.ir.printer import print_op, value_in_words
 from trimtab.ir.rewrite.constants import close, is_constant, same, scalar
 from trimtab.ir.rewrite.match import Match
 from trimtab.ir.rewrite.patterns import (
@@ -176,7 +176,9 @@ class Matcher:
             if same(known, value):
                 yield
             else:
-                self._fail(lambda: f"{_name(value)} is not the value that {pattern} was before", value.producer)
+                self._fail(
+                    lambda: f"{value_in_words(value)} is not the value that {pattern} was before", value.producer
+                )
             return
         if pattern.is_shared:
             self._shared.append(value)
@@ -202,7 +204,7 @@ class Matcher:
         elif isinstance(pattern, OneOf):
             alternatives = pattern.fitting(value)
             if not alternatives:
-                self._fail(lambda: f"{_name(value)} is not {pattern}", value.producer)
+                self._fail(lambda: f"{value_in_words(value)} is not {pattern}", value.producer)
             for alternative in alternatives:
                 yield from self._match(alternative, value)
         elif isinstance(pattern, TimesConstant):
@@ -223,7 +225,7 @@ class Matcher:
             yield from self._number(pattern, scalar(self._module, value), value)
             return
         if isinstance(pattern, Constant) and not is_constant(value):
-            self._fail(lambda: f"{_name(value)} is not {pattern}", value.producer)
+            self._fail(lambda: f"{value_in_words(value)} is not {pattern}", value.producer)
             return
         self._leaves.append(value)
         try:
@@ -234,7 +236,7 @@ class Matcher:
     def _number(self, pattern: Number | Scalar, found: float | None, value: Value) -> Iterator[None]:
         dtype = value.type.dtype
         if found is None:
-            self._fail(lambda: f"{_name(value)} is not {pattern}", value.producer)
+            self._fail(lambda: f"{value_in_words(value)} is not {pattern}", value.producer)
         elif isinstance(pattern, Scalar):
             yield from self._bind(pattern.name, found, value)
         elif close(found, pattern.value, dtype, self._tolerance):
@@ -269,7 +271,7 @@ class Matcher:
     def _op(self, pattern: OpPattern, value: Value) -> Iterator[None]:
         found = value.producer
         if type(found) is not pattern.cls or pattern.result not in (None, value.index):
-            self._fail(lambda: f"{_name(value)} is not a result of {pattern.cls.name}", found)
+            self._fail(lambda: f"{value_in_words(value)} is not a result of {pattern.cls.name}", found)
             return
         self._ops.append(found)
         try:
@@ -366,7 +368,7 @@ class Matcher:
         found = value.producer
         splits = self._constant_factor(value)
         if found is None or not splits:
-            self._fail(lambda: f"{_name(value)} is not {pattern}", found)
+            self._fail(lambda: f"{value_in_words(value)} is not {pattern}", found)
             return
         for x, factor in splits:
             self._ops.append(found)
@@ -402,7 +404,7 @@ class Matcher:
                 if term is not None and x.type == value.type:
                     ways.append((x, term if isinstance(op, Add) else -term))
         if op is None or not ways:
-            self._fail(lambda: f"{_name(value)} is not {pattern}", op)
+            self._fail(lambda: f"{value_in_words(value)} is not {pattern}", op)
             return
         for x, term in ways:
             self._ops.append(op)
@@ -415,7 +417,10 @@ class Matcher:
     def _product(self, pattern: Product, value: Value) -> Iterator[None]:
         factors, constant, ops = self._factors(value)
         if len(factors) != len(pattern.factors):
-            self._fail(lambda: f"{_name(value)} has {len(factors)} factors, not {len(pattern.factors)}", value.producer)
+            self._fail(
+                lambda: f"{value_in_words(value)} has {len(factors)} factors, not {len(pattern.factors)}",
+                value.producer,
+            )
             return
         marks = len(self._ops)
         self._ops += ops
@@ -491,14 +496,6 @@ def _counted_from_the_front(name: str, asked: Any, op: Op) -> Any:
     if isinstance(asked, int):
         return asked + rank if asked < 0 else asked
     return tuple(axis + rank if axis < 0 else axis for axis in asked)
-
-
-def _name(value: Value) -> str:
-    if value.is_weight:
-        return f"the weight @{value.weight}"
-    if value.producer is None:
-        return f"the input %{value.name}"
-    return f"{'an' if value.producer.name[0] in 'aeiou' else 'a'} {value.producer.name}"
 
 
 def _show(held: Any) -> str:
