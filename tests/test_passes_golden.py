@@ -168,6 +168,28 @@ graph main(%x: f32[2, 3, 4]) {
   %b = permute(%a) {dims=[2, 1, 0]} : f32[3, 2, 4]
   return back=%back, b=%b
 }""",
+        "with_reshapes_between": """
+symbols batch=1..8
+graph main(%x: f32[batch, 4, 6, 8], %z: f32[batch, 4, 6, 8]) {
+  %a = permute(%x) {dims=[0, 3, 1, 2]} : f32[batch, 8, 4, 6]
+  %b = reshape(%a) {shape=[batch, 8, 24]} : f32[batch, 8, 24]
+  %back = permute(%b) {dims=[0, 2, 1]} : f32[batch, 24, 8]
+  %c = reshape(%z) {shape=[4*batch, 2, 3, 8]} : f32[4*batch, 2, 3, 8]
+  %d = permute(%c) {dims=[0, 2, 1, 3]} : f32[4*batch, 3, 2, 8]
+  %e = reshape(%d) {shape=[batch, 4, 6, 8]} : f32[batch, 4, 6, 8]
+  %once = permute(%e) {dims=[0, 3, 2, 1]} : f32[batch, 8, 6, 4]
+  return back=%back, once=%once
+}""",
+        "between_axes_that_do_not_divide": """
+graph main(%x: f32[4, 6], %z: f32[2, 3, 4]) {
+  %a = permute(%x) {dims=[1, 0]} : f32[6, 4]
+  %b = reshape(%a) {shape=[8, 3]} : f32[8, 3]
+  %c = permute(%b) {dims=[1, 0]} : f32[3, 8]
+  %d = permute(%z) {dims=[0, 2, 1]} : f32[2, 4, 3]
+  %e = reshape(%d) {shape=[8, 3]} : f32[8, 3]
+  %read_twice = permute(%e) {dims=[1, 0]} : f32[3, 8]
+  return c=%c, d=%d, read_twice=%read_twice
+}""",
         "axes_of_size_one": """
 symbols batch=1..8
 graph main(%x: f32[batch, 1, 4], %one: f32[1, 1]) {
