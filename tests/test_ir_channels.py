@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pass_harness import read
 
-from trimtab.ir import DType, Graph, Module, interpret
+from trimtab.ir import Builder, DType, Graph, Module, Op, TensorType, Value, interpret, ops
 from trimtab.ir.analysis.channels import Channels, readers, source_of
 
 MOVES = {
@@ -102,6 +106,60 @@ def test_an_op_that_mixes_channels_with_other_axes_is_a_reader(name: str) -> Non
     m = module(MIXED[name])
     ((use, _),) = readers(m.main.inputs[0], 2)
     assert type(use.user).name != "neg"
+
+
+def random_move(value: Value, draw: random.Random) -> Op:
+    """An op that moves elements of a value of static shape."""
+    shape = [int(size) for size in value.type.shape]
+    axis = draw.randrange(len(shape))
+    kind = draw.choice(["reshape", "reshape", "reshape", "permute", "slice", "select", "split", "expand", "roll"])
+    if kind == "permute":
+        return ops.Permute(value, dims=tuple(draw.sample(range(len(shape)), len(shape))))
+    if kind == "slice":
+        start = draw.randrange(shape[axis])
+        return ops.Slice(
+            value, dim=axis, start=start, stop=draw.randint(start + 1, shape[axis]), step=draw.randint(1, 2)
+        )
+    if kind == "select" and len(shape) > 1:
+        return ops.Select(value, dim=axis, index=draw.randrange(shape[axis]))
+    if kind == "split" and shape[axis] > 1:
+        first = draw.randint(1, shape[axis] - 1)
+        return ops.Split(value, dim=axis, sizes=(first, shape[axis] - first))
+    if kind == "expand":
+        return ops.Expand(value, shape=(draw.randint(1, 2), *(draw.choice([1, 3]) if n == 1 else n for n in shape)))
+    if kind == "roll":
+        return ops.Roll(value, shifts=(1,), dims=(axis,))
+    factors = [p for n in shape for p in (2, 2, 3) if n % p == 0] if draw.random() < 0.5 else []
+    parts = list(shape)
+    for factor in factors[:2]:
+        found = next((i for i, n in enumerate(parts) if n % factor == 0 and n > factor), None)
+        if found is not None:
+            parts[found : found + 1] = [parts[found] // factor, factor]
+    while len(parts) > 1 and draw.random() < 0.4:
+        i = draw.randrange(len(parts) - 1)
+        parts[i : i + 2] = [parts[i] * parts[i + 1]]
+    return ops.Reshape(value, shape=tuple(parts))
+
+
+@settings(max_examples=300)
+@given(seed=st.integers(0, 2**32))
+def test_random_moves(seed: int) -> None:
+    """Where channels are followed they are right; in particular no reshape is followed that mixes them."""
+    draw = random.Random(seed)
+    b = Builder()
+    x = b.input("x", TensorType(DType.F32, (2, 3, 12)))
+    values = [x]
+    for _ in range(draw.randint(1, 6)):
+        if values[-1].type.rank < 7:
+            values += b.add(random_move(values[-1], draw)).results
+    ends = [b(ops.Neg(value)) for value in values]
+    b.output(*ends)
+    moved = dict(zip(ends, interpret(b.module, [torch.arange(12.0).expand(2, 3, 12)]), strict=True))
+    for use, channels in readers(x, 2):
+        if isinstance(use.user, ops.Neg):
+            result = use.user.result
+            assert torch.equal(channels.numbers().float().expand(result.type.shape), -moved[result])
+            assert source_of(use.user.x) is x
 
 
 def test_every_place_is_found_once() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -28,13 +28,18 @@ class Channels:
 
     Attributes:
         shape: the value's shape.
-        strides: how far an axis moves through the channels; 0 when it does not. Other axes have a static size.
+        strides: how far an axis moves through the channels; 0 when it does not, or has one element. Axes that do have a
+            static size.
         offset: the channel of the first element.
     """
 
     shape: tuple[Dim, ...]
     strides: tuple[int, ...]
     offset: int = 0
+
+    def __post_init__(self) -> None:
+        moving = tuple(stride if size != 1 else 0 for size, stride in zip(self.shape, self.strides, strict=True))
+        object.__setattr__(self, "strides", moving)
 
     @staticmethod
     def along(axis: int, value: Value) -> Channels:
@@ -104,36 +109,34 @@ def _expand(op: ops.Expand, channels: Channels) -> list[Channels]:
 
 
 def _slice(op: ops.Slice, channels: Channels) -> list[Channels] | None:
-    cut = _cut(channels, op.dim, op.start, op.result.type.shape)
-    if cut is None:
-        return None
-    strides = tuple(stride * (op.step if axis == op.dim else 1) for axis, stride in enumerate(cut.strides))
-    return [replace(cut, strides=strides)]
+    offset = _offset_at(channels, op.dim, op.start)
+    strides = tuple(stride * (op.step if axis == op.dim else 1) for axis, stride in enumerate(channels.strides))
+    return None if offset is None else [Channels(op.result.type.shape, strides, offset)]
 
 
 def _select(op: ops.Select, channels: Channels) -> list[Channels] | None:
-    cut = _cut(channels, op.dim, op.index, op.result.type.shape)
-    return None if cut is None else [replace(cut, strides=cut.strides[: op.dim] + cut.strides[op.dim + 1 :])]
+    offset = _offset_at(channels, op.dim, op.index)
+    strides = channels.strides[: op.dim] + channels.strides[op.dim + 1 :]
+    return None if offset is None else [Channels(op.result.type.shape, strides, offset)]
 
 
 def _split(op: ops.Split, channels: Channels) -> list[Channels] | None:
     parts: list[Channels] = []
     start: Dim = 0
     for size, result in zip(op.sizes, op.results, strict=True):
-        part = _cut(channels, op.dim, start, result.type.shape)
-        if part is None:
+        offset = _offset_at(channels, op.dim, start)
+        if offset is None:
             return None
-        parts.append(part)
+        parts.append(Channels(result.type.shape, channels.strides, offset))
         start = start + size
     return parts
 
 
-def _cut(channels: Channels, axis: int, start: Dim, shape: tuple[Dim, ...]) -> Channels | None:
-    """Channels that begin at ``start`` of an axis."""
-    stride = channels.strides[axis]
-    if stride and not isinstance(start, int):
-        return None
-    return Channels(shape, channels.strides, channels.offset + (start * stride if isinstance(start, int) else 0))
+def _offset_at(channels: Channels, axis: int, start: Dim) -> int | None:
+    """The channel of the first element from ``start`` of an axis on; None when it depends on a symbol."""
+    if not channels.strides[axis]:
+        return channels.offset
+    return channels.offset + start * channels.strides[axis] if isinstance(start, int) else None
 
 
 def _reordered(op: ops.Roll | ops.Flip, channels: Channels) -> list[Channels] | None:
