@@ -536,6 +536,23 @@ def test_elementwise_ops_read_what_was_expanded() -> None:
     ]  # fmt: skip
 
 
+def test_a_matrix_repeated_for_a_batched_product() -> None:
+    """What torch's decomposition makes of a linear layer without a bias."""
+    b = Builder()
+    x = b.input("x", TensorType(F32, (BATCH, LENGTH, 4)))
+    w = b.weight("w", torch.randn(4, 6))
+    b.output(b(ops.Matmul(x, b(ops.Expand(w, shape=(BATCH, 4, 6))))))
+    after = optimize(b.module, "simplify-expands,dce,raise-linear").module
+    assert [op.name for op in after.walk()] == ["linear"]
+
+
+def test_a_product_over_an_expanded_axis_stays() -> None:
+    b = Builder()
+    x, y = b.input("x", TensorType(F32, (3, 1))), b.input("y", TensorType(F32, (5, 4)))
+    b.output(b(ops.Matmul(b(ops.Expand(x, shape=(3, 5))), y)))
+    assert [op.name for op in optimize(b.module, "simplify-expands").module.walk()] == ["expand", "matmul"]
+
+
 def test_other_ops_read_what_is_expanded() -> None:
     b = Builder()
     x = b.input("x", TensorType(F32, (BATCH, 1, 5)))

@@ -11,7 +11,7 @@ from trimtab.ir.builder import Builder
 from trimtab.ir.core import Graph, Use, Value
 from trimtab.ir.op import Op
 from trimtab.ir.printer import value_in_words
-from trimtab.ir.rewrite import Constant, Match, Pattern, Rule, Var, maybe, one_of, op, shared
+from trimtab.ir.rewrite import Constant, Match, Pattern, Rule, Var, maybe, one_of, op, optional, shared
 from trimtab.ir.weights import ComputedSource
 from trimtab.passes.contracts import Contract, Exact
 from trimtab.passes.rewrite_pass import RewritePass
@@ -93,15 +93,17 @@ def _multiplies_rows(op: object) -> bool:
 
 
 class AddedBias(Rule):
-    """``linear(x) + b`` with a weight b of one element per output."""
+    """``linear(x) + b`` with a weight b of one element per output, the rows perhaps arranged otherwise in between."""
 
     def pattern(self, x: Var, w: Var, b: Constant) -> Pattern:
-        return op.linear(x, w).bind("product") + b
+        return optional(op.reshape(op.linear(x, w))).bind("product") + b
 
     def check(self, m: Match) -> str | None:
         outputs = m.w.type.shape[0]
         if m.product.type != m.root.type:
             return f"the sum repeats the product from {m.product.type} to {m.root.type}"
+        if m.product.type.shape[-1:] != (outputs,):
+            return f"the outputs of the product are not the last axis of {m.product.type}"
         if not m.b.is_weight or m.b.type.shape[-1:] != (outputs,) or m.b.type.elements != outputs:
             return f"{value_in_words(m.b)} does not have one element for each of the {outputs} outputs"
         if m.b.type.rank > 1 and sum(1 for _ in m.module.readers(m.b.weight)) > 1:
@@ -115,7 +117,8 @@ class AddedBias(Rule):
             type = bias.type.with_shape(m.w.type.shape[0])
             source = ComputedSource(lambda: weight.tensor().reshape(-1))
             bias = m.add_weight(f"{weight.id}.flat", type, source, trainable=weight.trainable)
-        return build(ops.Linear(m.x, m.w, bias))
+        total = build(ops.Linear(m.x, m.w, bias))
+        return total if total.type == m.root.type else build(ops.Reshape(total, shape=m.root.type.shape))
 
 
 class FlattenedRows(Rule):
