@@ -88,7 +88,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder to write files into; it gets its name ``path`` only when the ``with`` block ends without an exception.
+    """A new folder to write files into, which gets its name ``path`` when the ``with`` block ends without an exception.
 
     Until then it has a hidden name beside ``path``, and on any exception it is removed with everything in it.
 
