@@ -6,14 +6,15 @@ make one kernel of a group inlines it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
 from trimtab.ir import ops
 from trimtab.ir.core import Value
-from trimtab.ir.dims import Dim, Symbol, evaluate, product
+from trimtab.ir.dims import Dim, Symbol, evaluate
 from trimtab.ir.fused import is_constant
 from trimtab.ir.op import Op
 
@@ -50,7 +51,7 @@ def is_pointwise(op: Op) -> bool:
 class Kernel:
     """Ops of one graph, in order of execution, as one kernel."""
 
-    ops: Sequence[Op]
+    ops: tuple[Op, ...]
 
     @cached_property
     def members(self) -> frozenset[Op]:
@@ -196,6 +197,7 @@ class CostModel:
     rate: float
     width: int
     sizes: Mapping[str, int]
+    _elements: dict[Shape, int] = field(default_factory=dict, repr=False)
 
     def seconds(self, kernel: Kernel) -> float:
         """The estimate for one kernel, without the multiply-accumulates of a contraction."""
@@ -206,17 +208,17 @@ class CostModel:
         """Bytes read from memory and written to it; of an operand that is moved, at most those that are taken."""
         read: dict[Value, int] = {}
         for op, value in kernel.outside:
-            size = self._number(value.type.bytes)
-            taken = min(size, self._number(op.result.type.bytes)) if isinstance(op, _MOVES) else size
+            size = self._size(value)
+            taken = min(size, self._size(op.result)) if isinstance(op, _MOVES) else size
             read[value] = min(size, read.get(value, 0) + taken)
-        return sum(read.values()) + sum(self._number(value.type.bytes) for value in kernel.kept)
+        return sum(read.values()) + sum(map(self._size, kernel.kept))
 
     def row_bytes(self, kernel: Kernel) -> int:
         """Bytes that a row kernel holds between its loops."""
         if not kernel.rows:
             return 0
-        held = [op.result.type for op in kernel.ops if op.result not in kernel.kept]
-        return sum(self._number(type.bytes) for type in held) // max(1, self._number(product(kernel.rows)))
+        held = sum(self._size(op.result) for op in kernel.ops if op.result not in kernel.kept)
+        return held // max(1, self.elements(kernel.rows))
 
     def instructions(self, kernel: Kernel) -> int:
         """Operations on elements, in units of an addition."""
@@ -225,17 +227,23 @@ class CostModel:
             if not isinstance(op, CONTRACTIONS):
                 touched = op.operands[0] if isinstance(op, _REDUCTIONS) else op.result
                 weight = _COSTLY_WEIGHT if isinstance(op, _COSTLY) else 1
-                total += weight * self._number(touched.type.elements)
+                total += weight * self.elements(touched.type.shape)
         return total
 
     def tasks(self, kernel: Kernel) -> int:
         """Iterations of the parallel loop; the tiles of a contraction count as enough."""
         if isinstance(kernel.ops[0], CONTRACTIONS):
             return self.width
-        return max(1, self._number(product(kernel.rows or kernel.ops[-1].result.type.shape)))
+        return max(1, self.elements(kernel.rows or kernel.ops[-1].result.type.shape))
 
-    def _number(self, dim: Dim) -> int:
-        return int(evaluate(dim, self.sizes))
+    def elements(self, shape: Shape) -> int:
+        """The product of a shape."""
+        if shape not in self._elements:
+            self._elements[shape] = math.prod(int(evaluate(dim, self.sizes)) for dim in shape)
+        return self._elements[shape]
+
+    def _size(self, value: Value) -> int:
+        return self.elements(value.type.shape) * max(value.type.dtype.bits // 8, 1)
 
 
 def typical_sizes(symbols: Iterable[Symbol]) -> dict[str, int]:
@@ -268,7 +276,7 @@ def _leading_axes(op: Op) -> Shape:
     """The axes before those that a row op reduces; empty when it does not reduce exactly the trailing ones."""
     shape = op.operands[0].type.shape
     if isinstance(op, ops.LayerNorm | ops.RmsNorm):
-        dims: Sequence[int] = range(max(len(shape) - op.axes, 0), len(shape))
+        dims: Sequence[int] = range(len(shape) - len(shape[-op.axes :]), len(shape))
     elif isinstance(op, ops.Softmax | ops.LogSoftmax):
         dims = (op.dim,)
     else:

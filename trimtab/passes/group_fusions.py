@@ -52,10 +52,11 @@ class GroupFusions(Pass):
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Ops in order of execution, and the one of them at whose place their kernel stands."""
+    """Ops in order of execution, the one of them at whose place their kernel stands, and what that costs."""
 
     ops: tuple[Op, ...]
     anchor: Op
+    seconds: float
 
 
 class _Grouping:
@@ -78,7 +79,9 @@ class _Grouping:
         self._rewrites = ctx.rewrites
         self._log = ctx.rewrites.of(options.name)
         self._place = {op: position for position, op in enumerate(graph.ops)}
-        self._groups = {op: _Group((op,), op) for op in graph.ops}
+        self._groups = {
+            op: _Group((op,), op, self._model.seconds(Kernel((op,))) if can_join(op) else 0.0) for op in graph.ops
+        }
 
     def fuse(self) -> list[Fused]:
         """Form the groups, and make a fused op of each that has several ops."""
@@ -96,36 +99,38 @@ class _Grouping:
             own = self._groups[op]
             producers = [value.producer for _, value in Kernel(own.ops).outside if value.producer is not None]
             groups = dict.fromkeys(self._groups[producer] for producer in producers if can_join(producer))
-            offers = [offer for group in groups if (offer := self._try(group, own, may_keep)) is not None]
+            offers = [
+                (group.seconds + own.seconds - merged.seconds, merged)
+                for group in groups
+                if (merged := self._try(group, own, may_keep)) is not None
+            ]
             if not offers or not self._rewrites.permit(self._options.name, op):
                 return
-            merged, _ = max(offers, key=lambda offer: offer[1])
+            _, merged = max(offers, key=lambda offer: offer[0])
             self._groups.update(dict.fromkeys(merged.ops, merged))
 
-    def _try(self, first: _Group, second: _Group, may_keep: bool) -> tuple[_Group, float] | None:
-        """The group of two, of which the second reads from the first, and the seconds it saves, where it saves some.
+    def _try(self, first: _Group, second: _Group, may_keep: bool) -> _Group | None:
+        """One group of two, of which the second reads from the first, where that is possible and saves time.
 
         Unless ``may_keep``, results of the first group must not be read elsewhere.
         """
-        ops = tuple(sorted((*first.ops, *second.ops), key=self._place.__getitem__))
-        kernel = Kernel(ops)
+        kernel = Kernel(tuple(sorted((*first.ops, *second.ops), key=self._place.__getitem__)))
         if not may_keep and any(value.producer in first.ops for value in kernel.kept):
             return None
         self._log.tried += 1
-        anchor = self._anchor(kernel, (ops[-1], first.anchor, second.anchor))
-        saved = 0.0
+        anchor = self._anchor(kernel, (kernel.ops[-1], first.anchor, second.anchor))
+        seconds = 0.0
         reason = self._refusal(kernel)
         if not reason and anchor is None:
             reason = "something between the ops would have to run before and after them"
         if not reason:
-            apart = sum(self._model.seconds(Kernel(group.ops)) for group in (first, second))
-            saved = apart - self._model.seconds(kernel)
-            reason = "it would take longer" if saved <= 0 else ""
+            seconds = self._model.seconds(kernel)
+            reason = "it would take longer" if seconds >= first.seconds + second.seconds else ""
         if reason or anchor is None:
             self._note(reason, first, second)
             return None
         self._log.matched += 1
-        return _Group(ops, anchor), saved
+        return _Group(kernel.ops, anchor, seconds)
 
     def _note(self, reason: str, first: _Group, second: _Group) -> None:
         """Count a refusal in the log, with the first place as its example."""

@@ -64,8 +64,9 @@ _GROUPS = {
     ),
     # Attention last: it is found between linear layers, once masks and shared heads have their simplest form.
     "raise": _GroupDeclaration(
-        "raise-linear,raise-activations,raise-gelu,raise-silu,raise-layer-norm,raise-rms-norm,raise-rotary,"
-        "simplify-indexing,unmerge-batch-axes,raise-attention,simplify-masks,remove-repeat-kv,cleanup",
+        "simplify-expands,raise-linear,raise-activations,raise-gelu,raise-silu,raise-layer-norm,raise-rms-norm,"
+        "raise-group-norm,raise-rotary,simplify-indexing,unmerge-batch-axes,raise-attention,simplify-masks,"
+        "remove-repeat-kv,cleanup",
         rounds=4,
         summary="whole layers from the pieces in which models and exporters write them",
     ),

@@ -29,10 +29,11 @@ class SimplifyPermutes(Pass):
     contract: ClassVar[Contract] = Exact()
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        return rewrite_each(module, _simplify, self.name, ctx.rewrites)
+        return rewrite_each(module, simplified_permute, self.name, ctx.rewrites)
 
 
-def _simplify(op: Op, build: Builder) -> Value | None:
+def simplified_permute(op: Op, build: Builder) -> Value | None:
+    """What to read instead of the result of a permute, None when it is as simple as can be, and for other ops."""
     if not isinstance(op, Permute):
         return None
     moves = _Moves(op.x.type.shape)

@@ -30,9 +30,9 @@ def _count(extents: Sequence[Expr], dtype: str) -> Expr:
 
 
 def _split(x: Operand, axes: int) -> tuple[list[Expr], list[Expr]]:
-    """The extents of the leading axes and of the last ``axes``, at most all of them."""
-    at = max(x.rank - axes, 0)
-    return x.shape[:at], x.shape[at:]
+    """The extents of the leading axes and of those that are normalised, ``x.shape[-axes:]`` as in the reference."""
+    tail = x.shape[-axes:]
+    return x.shape[: x.rank - len(tail)], tail
 
 
 @lowers(ops.LayerNorm)
