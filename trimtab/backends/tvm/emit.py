@@ -226,24 +226,26 @@ class _GraphEmitter:
         made = {value: Inner(i, j) for i, op in enumerate(members) for j, value in enumerate(op.results)}
         leaves: list[Leaf] = []
 
-        def source(op: Op, value: Value) -> Source:
-            if value in made:
-                return made[value]
-            leaf = self._leaf(op, self.outside.get(value, value))
-            for number, other in enumerate(leaves):
-                if leaf.expr is not None and leaf.expr is other.expr and leaf.key == other.key:
-                    return number
-            leaves.append(leaf)
-            return len(leaves) - 1
+        def sources(op: Op) -> list[Source | list[Source] | None]:
+            # A tensor is passed once, but not to one op: TVM takes x - x for 0, which NaN and infinity are not.
+            known = list(leaves)
 
-        sources = [
-            [
-                None if held is None else [source(op, v) for v in held] if isinstance(held, tuple) else source(op, held)
+            def source(value: Value) -> Source:
+                if value in made:
+                    return made[value]
+                leaf = self._leaf(op, self.outside.get(value, value))
+                for number, other in enumerate(known):
+                    if leaf.expr is not None and leaf.expr is other.expr and leaf.key == other.key:
+                        return number
+                leaves.append(leaf)
+                return len(leaves) - 1
+
+            return [
+                None if held is None else [source(v) for v in held] if isinstance(held, tuple) else source(held)
                 for _, held in op.arguments()
             ]
-            for op in members
-        ]
-        return Kernel(members, leaves, sources, [made[value] for value in outputs], order)
+
+        return Kernel(members, leaves, [sources(op) for op in members], [made[value] for value in outputs], order)
 
     def _absorbed_permute(self, op: Op) -> tuple[Sequence[Value], tuple[int, ...]]:
         """What to store and in which axis order: straight the permuted form if only a permute reads the result."""
