@@ -26,7 +26,8 @@ EXPECTED = {
     # The stem is a patch embedding, downsampling has patches of two pixels and a norm that it pads.
     "convnext": {"patch-embedding": 1, "scaled-channels": 2, "norm-affine": 4},
     "resnet": {"batch-norm-after-layer": 12},
-    "mobilevit": {"batch-norm-after-layer": 32, "scaled-query": 9, "norm-affine": 18},
+    # The last norm of each transformer feeds a convolution of one pixel.
+    "mobilevit": {"batch-norm-after-layer": 32, "scaled-query": 9, "norm-affine": 21},
     "segformer": {"patch-embedding": 1, "batch-norm-after-layer": 1, "scaled-query": 4, "norm-affine": 11},
     # The queries go through rotary embeddings. The last norm feeds the head, which in qwen2 is also the embedding.
     "llama": {"scaled-query": 2, "norm-affine": 5},
