@@ -20,6 +20,7 @@ class Compiled:
     def __init__(self, module: Module, target: str = "native", threads: int = 2) -> None:
         import tvm_ffi
 
+        self.module = module
         self.code = build(module, target, threads)
         self.directory = tempfile.TemporaryDirectory(prefix="trimtab-test-")
         path = Path(self.directory.name) / "model.so"
