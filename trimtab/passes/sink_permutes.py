@@ -269,19 +269,26 @@ def _turn(module: Module, graph: Graph, dims: tuple[int, ...], carriers: Sequenc
         assert attributes is not None
         build = Builder(module, graph, before=op, made_by=SinkPermutes.name)
         moving = len(_moving(op))
-        operands = [_before(value, dims, build) if i < moving else value for i, value in enumerate(op.operands)]
+        operands = [_before(value, dims, op, build) if i < moving else value for i, value in enumerate(op.operands)]
         made = build(op.rebuilt(operands, **attributes), op.results[0].name)
         op.results[0].replace_all_uses_with(build(ops.Permute(made, dims=dims)))
         graph.ops.remove(op)
 
 
-def _before(value: Value, dims: tuple[int, ...], build: Builder) -> Value:
-    """What an op reads instead of ``value`` when it computes before a permute by ``dims``."""
+def _before(value: Value, dims: tuple[int, ...], op: Op, build: Builder) -> Value:
+    """What ``op`` reads instead of ``value`` when it computes before a permute by ``dims``."""
     if all(size == 1 for size in value.type.shape):
         return value
-    missing = len(dims) - value.type.rank
+    missing, back = len(dims) - value.type.rank, _inverse(dims)
+    for reader in value.users:
+        if not missing and isinstance(reader, ops.Permute) and reader.dims == back and _is_before(reader, op):
+            return reader.result
     full = build(ops.Reshape(value, shape=(1,) * missing + value.type.shape)) if missing else value
-    return build(ops.Permute(full, dims=_inverse(dims)))
+    return build(ops.Permute(full, dims=back))
+
+
+def _is_before(first: Op, second: Op) -> bool:
+    return first.graph is second.graph and first.is_before(second)
 
 
 def _clean_up(module: Module, graph: Graph) -> None:
