@@ -263,7 +263,7 @@ def test_a_check_in_a_file(tmp_path: Path) -> None:
         ("", ["cannot read"]),
         ("nowhere.py:check", ["there is no such check file"]),
     ],
-    ids=str,
+    ids=["input fails", "int", "tensor", "negative", "no number", "twice", "other word", "empty", "no file"],
 )
 def test_a_check_that_cannot_be_used(check: Any, parts: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
