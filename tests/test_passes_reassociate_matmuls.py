@@ -7,9 +7,11 @@ import random
 
 import pytest
 import torch
+from pass_harness import assert_same_results
 
 from trimtab.ir import Builder, Dim, DType, Module, TensorType, Value, ops, symbol
 from trimtab.passes.manager import PassManager
+from trimtab.passes.reassociate_matmuls import StackedLinears
 from trimtab.passes.samples import count_macs
 
 F32 = DType.F32
@@ -99,6 +101,47 @@ def test_products_of_weights_become_weights_where_that_saves_bytes() -> None:
     assert macs(merged) == 3 * 5 * 8 * 6
     assert merged.weight_bytes == 4 * (8 * 6 + 6)
     assert [op.name for op in optimized(stacked(2)).walk()] == ["linear", "linear"], "a low rank is cheaper as it is"
+
+
+def stacked_with_biases(hidden: int, dtype: DType = F32, bias: bool = True) -> Module:
+    torch.manual_seed(0)
+    b = Builder()
+    x = b.input("x", TensorType(dtype, (symbol("batch", 1, 8), 5, 8)))
+    v, a, w, c = (torch.randn(shape).to(dtype.to_torch()) for shape in ((hidden, 8), (hidden,), (6, hidden), (6,)))
+    inner = b(ops.Linear(x, b.weight("v", v), b.weight("a", a)))
+    b.output(b(ops.Linear(inner, b.weight("w", w), b.weight("c", c) if bias else None)))
+    return b.module
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_in_a_row_become_one_with_their_biases(bias: bool) -> None:
+    module = stacked_with_biases(16, bias=bias)
+    after = optimized(module, f"{PASS},dce")
+    (linear,) = after.walk()
+    assert linear.operands[1].type.shape == (6, 8)
+    assert after.weight_bytes == 4 * (6 * 8 + 6)
+    assert_same_results(module, after, 1, 3, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (stacked_with_biases(2), "one matrix has 48 elements, the two have 28"),
+        (stacked_with_biases(16, DType.BF16), "weights of type bf16 are too coarse to be rounded once more"),
+    ],
+    ids=["low rank", "half precision"],
+)
+def test_linear_layers_that_stay_apart(module: Module, reason: str) -> None:
+    assert PassManager(PASS).run(module)[1].applied == []
+    assert StackedLinears().explain(module).reason == reason
+
+
+def test_half_precision_weights_are_not_multiplied() -> None:
+    b = Builder()
+    x = b.input("x", TensorType(DType.F16, (4, 8)))
+    v, w = b.weight("v", torch.randn(32, 8).half()), b.weight("w", torch.randn(6, 32).half())
+    b.output(b(ops.Linear(b(ops.Linear(x, v)), w)))
+    assert PassManager(PASS).run(b.module)[1].applied == []
 
 
 def test_a_weight_with_other_readers_is_not_multiplied_into_a_new_one() -> None:

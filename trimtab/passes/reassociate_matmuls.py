@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.dims import Dim, bounds, evaluate, product, symbols_of
+from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
 from trimtab.ir.ops import Add, Linear, Matmul, Permute
 from trimtab.ir.printer import print_op
-from trimtab.ir.rewrite import NearMiss, RuleLog
+from trimtab.ir.rewrite import Constant, Match, NearMiss, Pattern, Rule, RuleLog, Var, apply_rules, maybe, op
 from trimtab.ir.types import TensorType
 from trimtab.ir.weights import ComputedSource, Weight
 from trimtab.passes.base import Changed, Context, Pass
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 MAX_FACTORS = 12
 _LARGE = 4096
 """Stands for a size without an upper limit when orders are compared; whether one saves is proved for all sizes."""
+
+_FINE = (DType.F32, DType.F64)
+"""Types of weights that may be rounded once more; half-precision ones are too coarse."""
 
 Order: TypeAlias = "int | tuple[Order, Order]"
 """A factor by its place in the chain, or the product of two orders."""
@@ -40,14 +44,15 @@ class ReassociateMatmuls(Pass):
     Where sizes are symbolic, the saving must hold for every value of the symbols.
 
     Linear attention without softmax, ``(q k^T) v``, becomes ``q (k^T v)`` where there are more tokens than features.
+    Two linear layers in a row, with biases, become one where that takes fewer multiply-accumulates and bytes.
     """
 
     name: ClassVar[str] = "reassociate-matmuls"
     contract: ClassVar[Contract] = Exact(rounding=True)
 
     def run(self, module: Module, ctx: Context) -> Changed:
+        changed = apply_rules(module, (StackedLinears(),), ctx.rewrites) > 0
         reads = Counter(v.weight for graph in module.all_graphs() for v in graph.weights for _ in v.uses)
-        changed = False
         for graph in list(module.all_graphs()):
             for root in reversed(graph.ops):
                 chain = _chain(root, reads) if _is_link(root) and not _is_inner(root) else None
@@ -58,6 +63,40 @@ class ReassociateMatmuls(Pass):
                     _rebuild(module, graph, chain, order)
                     changed = True
         return changed
+
+
+class StackedLinears(Rule):
+    """``linear(linear(x, V, a), W, b)`` to ``linear(x, W V, W a + b)``"""
+
+    def pattern(self, x: Var, v: Constant, a: Constant, w: Constant, b: Constant) -> Pattern:
+        return op.linear(op.linear(x, v, a), w, maybe(b))
+
+    def check(self, m: Match) -> str | None:
+        for value in (m.v, m.a, m.w):
+            if not value.is_weight or len(list(m.module.readers(value.weight))) > 1:
+                return "a weight is read elsewhere, and stays"
+            if value.type.dtype not in _FINE:
+                return f"weights of type {value.type.dtype} are too coarse to be rounded once more"
+        (hidden, inputs), (outputs, _) = m.v.type.shape, m.w.type.shape
+        apart, joined = hidden * (inputs + outputs), inputs * outputs
+        if joined >= apart:
+            return f"one matrix has {joined} elements, the two have {apart}"
+        if m.b is None and joined + outputs > apart + hidden:
+            return "the bias of the product takes more bytes than are saved"
+        return None
+
+    def rewrite(self, m: Match, build: Builder) -> Value:
+        weight = _product_of_weights(m.module, m.graph, _Product(m.w, False), _Product(m.v, False))
+        w, a, b = m.weight(m.w), m.weight(m.a), m.b and m.weight(m.b)
+        source = ComputedSource(lambda: _shifted(w, a, b))
+        bias = m.add_weight(f"{(b or a).id}.shifted", a.type.with_shape(w.type.shape[0]), source, trainable=a.trainable)
+        return build(Linear(m.x, weight, bias))
+
+
+def _shifted(w: Weight, a: Weight, b: Weight | None) -> torch.Tensor:
+    """``W a + b`` in float64, rounded once."""
+    product = w.tensor().double() @ a.tensor().double()
+    return (product if b is None else product + b.tensor().double()).to(a.tensor().dtype)
 
 
 @dataclass(frozen=True)
@@ -106,9 +145,11 @@ class _Chain:
         if not self.is_constant(first, last):
             inner = self.factors[middle].columns
             return product([*self.batch(first, last), left.rows, inner, right.columns])
+        if left.value.type.dtype not in _FINE or left.batch or right.batch:
+            return None
         freed = sum(factor.elements for factor in self.factors[first : last + 1])
         size = product([left.rows, right.columns])
-        return 0 if len(left.batch) == len(right.batch) == 0 and isinstance(size, int) and size <= freed else None
+        return 0 if isinstance(size, int) and size <= freed else None
 
     def cost(self, order: Order) -> Dim | None:
         """Multiply-accumulates of the whole chain in this order."""
@@ -248,8 +289,8 @@ def _rebuild(module: Module, graph: Graph, chain: _Chain, order: Order) -> None:
     elif bias is not None:
         result = build(Add(result, bias))
     root.results[0].replace_all_uses_with(result)
-    for op in replaced:
-        graph.ops.remove(op)
+    for old in replaced:
+        graph.ops.remove(old)
 
 
 def _join(module: Module, graph: Graph, chain: _Chain, build: Builder, order: Order) -> _Product:
