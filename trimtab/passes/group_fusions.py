@@ -33,9 +33,9 @@ class GroupFusions(Pass):
     contract: ClassVar[Contract] = Exact()
     max_ops: int = 24
     max_row_bytes: int = 65536
-    launch_us: float = 3.0
+    launch_us: float = 2.0
     gigabytes_per_second: float = 20.0
-    giga_operations_per_second: float = 10.0
+    giga_operations_per_second: float = 40.0
     parallel_tasks: int = 16
 
     def run(self, module: Module, ctx: Context) -> Changed:
@@ -106,7 +106,7 @@ class _Grouping:
             ]
             if not offers or not self._rewrites.permit(self._options.name, op):
                 return
-            _, merged = max(offers, key=lambda offer: offer[0])
+            _, merged = max(offers, key=lambda offer: round(offer[0], 12))  # the first of equal ones
             self._groups.update(dict.fromkeys(merged.ops, merged))
 
     def _try(self, first: _Group, second: _Group, may_keep: bool) -> _Group | None:
