@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pass_harness import Golden, check_case, read
 
 from trimtab import optimize
 from trimtab.frontend.torch_export import import_program
@@ -77,6 +78,100 @@ class Writer(Builder):
 def reason(rule: Rule, module: Module) -> str:
     """Why the rule does not match where it gets furthest."""
     return rule.explain(module).reason
+
+
+# -- reviewed text -----------------------------------------------------------------------------------------------------
+
+CASES = {
+    "raise-layer-norm": {
+        "pytorch": """
+symbols batch=1..8
+weight @w: f32[8]
+weight @b: f32[8]
+graph main(%x: f32[batch, 5, 8]) {
+  %two = full() {value=2.0, dtype=f32} : f32[]
+  %eps = full() {value=1e-05, dtype=f32} : f32[]
+  %mean = mean(%x) {dims=[2], keepdim=true} : f32[batch, 5, 1]
+  %d = sub(%x, %mean) : f32[batch, 5, 8]
+  %square = pow(%d, %two) : f32[batch, 5, 8]
+  %variance = mean(%square) {dims=[2], keepdim=true} : f32[batch, 5, 1]
+  %shifted = add(%variance, %eps) : f32[batch, 5, 1]
+  %root = sqrt(%shifted) : f32[batch, 5, 1]
+  %n = div(%d, %root) : f32[batch, 5, 8]
+  %scaled = mul(%n, @w) : f32[batch, 5, 8]
+  %y = add(%scaled, @b) : f32[batch, 5, 8]
+  return y=%y
+}""",
+        "channels_first": """
+weight @w: f32[3, 1, 1]
+graph main(%x: f32[2, 3, 4, 4]) {
+  %eps = full() {value=1e-06, dtype=f32} : f32[]
+  %mean = mean(%x) {dims=[1], keepdim=true} : f32[2, 1, 4, 4]
+  %d = sub(%x, %mean) : f32[2, 3, 4, 4]
+  %square = mul(%d, %d) : f32[2, 3, 4, 4]
+  %variance = mean(%square) {dims=[1], keepdim=true} : f32[2, 1, 4, 4]
+  %shifted = add(%variance, %eps) : f32[2, 1, 4, 4]
+  %gain = rsqrt(%shifted) : f32[2, 1, 4, 4]
+  %n = mul(%d, %gain) : f32[2, 3, 4, 4]
+  %y = mul(%n, @w) : f32[2, 3, 4, 4]
+  return y=%y
+}""",
+    },
+    "raise-rms-norm": {
+        "llama": """
+weight @w: f16[8]
+graph main(%x: f16[2, 8]) {
+  %eps = full() {value=1e-06, dtype=f32} : f32[]
+  %wide = cast(%x) {dtype=f32} : f32[2, 8]
+  %square = mul(%wide, %wide) : f32[2, 8]
+  %mean = mean(%square) {dims=[1], keepdim=true} : f32[2, 1]
+  %shifted = add(%mean, %eps) : f32[2, 1]
+  %gain = rsqrt(%shifted) : f32[2, 1]
+  %n = mul(%wide, %gain) : f32[2, 8]
+  %narrow = cast(%n) {dtype=f16} : f16[2, 8]
+  %y = mul(@w, %narrow) : f16[2, 8]
+  return y=%y
+}""",
+        "eps_outside_the_root": """
+graph main(%x: f32[2, 8]) {
+  %eps = full() {value=1e-06, dtype=f32} : f32[]
+  %square = mul(%x, %x) : f32[2, 8]
+  %mean = mean(%square) {dims=[1], keepdim=true} : f32[2, 1]
+  %root = sqrt(%mean) : f32[2, 1]
+  %shifted = add(%root, %eps) : f32[2, 1]
+  %y = div(%x, %shifted) : f32[2, 8]
+  return y=%y
+}""",
+    },
+    "raise-group-norm": {
+        "instance_norm": """
+weight @ones: f32[3]
+weight @zeros: f32[3]
+weight @w: f32[6, 1, 1]
+weight @b: f32[6, 1, 1]
+graph main(%x: f32[2, 6, 4, 4]) {
+  %parts = reshape(%x) {shape=[2, 3, 32]} : f32[2, 3, 32]
+  %n = group_norm(%parts, @ones, @zeros) {groups=3} : f32[2, 3, 32]
+  %whole = reshape(%n) {shape=[2, 6, 4, 4]} : f32[2, 6, 4, 4]
+  %scaled = mul(%whole, @w) : f32[2, 6, 4, 4]
+  %y = add(%scaled, @b) : f32[2, 6, 4, 4]
+  return y=%y
+}""",
+        "layer_norm_of_heads": """
+graph main(%x: f32[2, 5, 32]) {
+  %heads = reshape(%x) {shape=[2, 20, 8]} : f32[2, 20, 8]
+  %n = layer_norm(%heads) : f32[2, 20, 8]
+  %y = reshape(%n) {shape=[2, 5, 32]} : f32[2, 5, 32]
+  return y=%y
+}""",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
+def test_rewrites_as_reviewed(name: str, case: str, golden: Golden) -> None:
+    module = read(CASES[name][case], ones=torch.ones(3), zeros=torch.zeros(3))
+    check_case(golden, f"{name}-{case}", name, module)
 
 
 # -- spellings ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pass_harness import Golden, check_case, read
 
 from trimtab import optimize
 from trimtab.frontend.torch_export import import_program
@@ -97,6 +98,76 @@ def simplified(module: Module, pipeline: str = PIPELINE) -> ops.Attention:
 
 def reason(rule: Rule, module: Module) -> str:
     return rule.explain(module).reason
+
+
+# -- reviewed text -----------------------------------------------------------------------------------------------------
+
+CASES = {
+    "simplify-masks": {
+        "causal_with_padding": """
+symbols batch=1..8, n=1..64
+graph main(%x: f32[batch, 4, n, 8], %padding: bool[batch, 1, 1, n]) {
+  %zero = full() {value=0.0, dtype=f32} : f32[]
+  %low = full() {value=-inf, dtype=f32} : f32[]
+  %none = full() {value=0, dtype=i64} : i64[]
+  %at = arange() {length=n, dtype=i64} : i64[n]
+  %rows = reshape(%at) {shape=[1, 1, n, 1]} : i64[1, 1, n, 1]
+  %columns = reshape(%at) {shape=[1, 1, 1, n]} : i64[1, 1, 1, n]
+  %always = ge(%rows, %none) : bool[1, 1, n, 1]
+  %past = le(%columns, %rows) : bool[1, 1, n, n]
+  %both = bitwise_and(%always, %past) : bool[1, 1, n, n]
+  %allowed = logical_and(%both, %padding) : bool[batch, 1, n, n]
+  %wide = expand(%allowed) {shape=[batch, 4, n, n]} : bool[batch, 4, n, n]
+  %mask = where(%wide, %zero, %low) : f32[batch, 4, n, n]
+  %y = attention(%x, %x, %x, %mask) {scale=0.5} : f32[batch, 4, n, 8]
+  return y=%y
+}""",
+        "queries_without_keys": """
+symbols batch=1..8, n=1..64
+graph main(%x: f32[batch, 4, n, 8], %padding: bool[batch, 1, 1, n]) {
+  %zero = full() {value=0.0, dtype=f32} : f32[]
+  %low = full() {value=-3.4028234663852886e+38, dtype=f32} : f32[]
+  %wide = expand(%padding) {shape=[batch, 1, n, n]} : bool[batch, 1, n, n]
+  %mask = where(%wide, %zero, %low) : f32[batch, 1, n, n]
+  %y = attention(%x, %x, %x, %mask) {scale=0.5} : f32[batch, 4, n, 8]
+  return y=%y
+}""",
+    },
+    "simplify-indexing": {
+        "positions": """
+symbols batch=1..8, n=1..64
+graph main(%x: bool[batch, n]) {
+  %one = full() {value=1, dtype=i64} : i64[]
+  %b = arange() {length=batch, dtype=i64} : i64[batch]
+  %rows = reshape(%b) {shape=[batch, 1, 1, 1]} : i64[batch, 1, 1, 1]
+  %at = arange() {length=n, dtype=i64} : i64[n]
+  %columns = reshape(%at) {shape=[1, 1, 1, n]} : i64[1, 1, 1, n]
+  %y = index(%x, [%rows, %columns]) : bool[batch, 1, 1, n]
+  %turned = sub(%one, %columns) : i64[1, 1, 1, n]
+  %z = index(%x, [%rows, %turned]) : bool[batch, 1, 1, n]
+  return y=%y, z=%z
+}""",
+    },
+    "simplify-expands": {
+        "elementwise_and_products": """
+symbols batch=1..8
+weight @w: f32[4, 6]
+graph main(%x: f32[batch, 5, 4], %y: f32[5, 1]) {
+  %wide = expand(%y) {shape=[batch, 5, 4]} : f32[batch, 5, 4]
+  %root = sqrt(%wide) : f32[batch, 5, 4]
+  %a = mul(%x, %root) : f32[batch, 5, 4]
+  %matrices = expand(@w) {shape=[batch, 4, 6]} : f32[batch, 4, 6]
+  %b = matmul(%a, %matrices) : f32[batch, 5, 6]
+  %c = sum(%wide) {dims=[1], keepdim=false} : f32[batch, 4]
+  return b=%b, c=%c
+}""",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
+def test_rewrites_as_reviewed(name: str, case: str, golden: Golden) -> None:
+    check_case(golden, f"{name}-{case}", name, read(CASES[name][case]))
 
 
 # -- masks that hide nothing -------------------------------------------------------------------------------------------
