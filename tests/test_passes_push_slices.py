@@ -190,6 +190,11 @@ NARROWED = {
     "permute": ((BATCH, SEQ, 4), lambda x: ops.Permute(x, (2, 0, 1)), (0, 1, 2)),
     "expand": ((SEQ, 1, 4), lambda x: ops.Expand(x, (2, SEQ, 3, 4)), (0, 1, 2, 3)),
     "add": ((BATCH, SEQ, 4), lambda x: ops.Add(x, x), (0, 1, 2)),
+    "linear_of_one_output": (
+        (BATCH, 3, SEQ, 4),
+        lambda x: ops.Linear(x, _builders[-1].weight("w", torch.randn(4))),
+        (0, 1, 2),
+    ),
     "matmul": ((BATCH, 4, 4), lambda x: ops.Matmul(x, x), (0, 1, 2)),
     "attention": ((BATCH, 3, 4, 4), lambda x: ops.Attention(x, x, x, scale=0.5), (0, 1, 2, 3)),
     "grouped_attention": (

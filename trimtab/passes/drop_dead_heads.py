@@ -50,7 +50,7 @@ class DeadHeads(Rule):
             return f"the projection does not read the heads side by side: {m.merged.type}"
         if m.merged.type.shape[:-1] not in ((batch, queries), (batch * queries,)):
             return f"the projection does not read all heads of one position together: {m.merged.type}"
-        if not m.w.is_weight or reader_count(m.module, m.w) > 1:
+        if not m.w.is_weight or m.w.type.rank != 2 or reader_count(m.module, m.w) > 1:
             return "the weight of the projection is no matrix of its own"
         alive = _alive_heads(m, heads, width)
         if len(alive) == heads:

@@ -333,9 +333,9 @@ def _embedding(q: _Question) -> Needs | str:
 
 @_narrows(ops.Linear)
 def _linear(q: _Question) -> Needs | str:
-    if q.from_end > 1:
-        return q.first(q.axis)
     weight, bias = q.op.weight, q.op.bias
+    if weight.type.rank == 1 or q.from_end > 1:
+        return q.first(q.axis)  # one output has no axis of its own
     if not weight.is_weight or (bias is not None and not bias.is_weight):
         return "the rows of a computed matrix would be copied"
     if q.cut.positions is None:

@@ -126,7 +126,7 @@ class RowsOfPackedLinear(Rule):
     def check(self, m: Match) -> str | None:
         last = m.packed.type.rank - 1
         features, (axis, rows) = m.features.producer, _taken(_root(m), m.module)
-        if features.dim != last or axis == last:
+        if m.w.type.rank != 2 or features.dim != last or axis == last:
             return "it does not take rows of features"
         if (count := max(reader_count(m.module, value) for value in (m.w, m.b) if value is not None)) > 1:
             return f"the weights of the linear are read {count} times"

@@ -77,6 +77,8 @@ class StackedLinears(Rule):
                 return "a weight is read elsewhere, and stays"
             if value.type.dtype not in _FINE:
                 return f"weights of type {value.type.dtype} are too coarse to be rounded once more"
+        if m.v.type.rank != 2 or m.w.type.rank != 2:
+            return "a weight is no matrix"
         (hidden, inputs), (outputs, _) = m.v.type.shape, m.w.type.shape
         apart, joined = hidden * (inputs + outputs), inputs * outputs
         if joined >= apart:
@@ -167,7 +169,7 @@ class _Chain:
 def _is_link(op: Op) -> bool:
     if isinstance(op, Matmul):
         return all(value.type.rank >= 2 for value in op.operands)
-    return isinstance(op, Linear) and op.x.type.rank >= 2 and op.weight.is_weight
+    return isinstance(op, Linear) and op.x.type.rank >= 2 and op.weight.is_weight and op.weight.type.rank == 2
 
 
 def _is_inner(op: Op) -> bool:
