@@ -278,6 +278,17 @@ def test_masks_are_added(masked: Scores, sizes: str) -> None:
     assert op.mask is not None
 
 
+def test_masks_of_keys_alone_and_numbers_get_axes() -> None:
+    f = Writer(SIZES["cross"])
+    op = raised(f.attended(f.plus(f.product(), f.mask(shape=(7,)))))
+    assert op.mask is not None
+    assert op.mask.type.shape == (1, 7)
+    f = Writer()
+    module = f.attended(f.plus(f.product(), f.number(0.25)))
+    assert raised(module).mask is not None
+    assert names(optimize(module, f"{PIPELINE},simplify-masks").module) == ["attention"]
+
+
 @pytest.mark.parametrize("low", [-math.inf, LOWEST, -1e4])
 def test_rows_without_keys_stay_what_they_are(low: float) -> None:
     """Large numbers average the values there; minus infinity gives NaN, which attention replaces by zeros."""

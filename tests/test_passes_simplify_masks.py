@@ -415,6 +415,19 @@ def test_numbers_above_the_diagonal_that_hide_little_stay() -> None:
     assert not simplified(module).causal
 
 
+def test_what_is_left_of_a_mask_has_queries_and_keys() -> None:
+    f = Writer()
+    keys = f.input("keys", TensorType(BOOL, (LENGTH,)))
+    module = f.attention(f.both(f.triangle(), keys))
+    assert reason(CausalMask(), module) == "bool[length] has no axes for queries and keys"
+    assert simplified(module).mask is not None
+    f = Writer()
+    bias = f.input("bias", TensorType(F32, (LENGTH,)))
+    module = f.attention(f(ops.Add(bias, UNIFORM["zeros"](f))))
+    assert reason(UniformTerm(), module) == "f32[length] has no axes for queries and keys"
+    assert simplified(module).mask is not None
+
+
 def test_a_mask_that_is_no_sum_keeps_its_terms() -> None:
     f = Writer(length=5)
     module = f.attention(f(ops.Add(f.constant(torch.randn(5, 5)), f.added(f.padding, LOWEST))))

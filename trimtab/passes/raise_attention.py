@@ -78,6 +78,8 @@ class SoftmaxAttention(Rule):
             if term is not None:
                 part = term if factor == 1.0 else build(ops.Mul(term, build.scalar(factor, term.type.dtype)))
                 mask = part if mask is None else build(ops.Add(mask, part))
+        if mask is not None and mask.type.rank < 2:
+            mask = build(ops.Reshape(mask, shape=(*(1,) * (2 - mask.type.rank), *mask.type.shape)))
         return build(ops.Attention(m.q, key, m.v, mask, scale=scale))
 
 

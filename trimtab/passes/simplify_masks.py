@@ -124,7 +124,7 @@ class ExpandedMask(_OfAttention):
         return self.masked(op.expand(x))
 
     def check(self, m: Match) -> str | None:
-        return None if m.x.type.rank >= 2 else f"{m.x.type} has no axes for queries and keys"
+        return _mask_problem(m.x)
 
     def rewrite(self, m: Match, build: Builder) -> Value:
         return self.replaced(m, build, m.x)
@@ -138,7 +138,8 @@ class UniformTerm(_OfAttention):
 
     def check(self, m: Match) -> str | None:
         number = MaskFacts(m.module).uniform(m.term)
-        return None if number is not None and math.isfinite(number) else "no term is known to be uniform and finite"
+        known = number is not None and math.isfinite(number)
+        return _mask_problem(m.x) if known else "no term is known to be uniform and finite"
 
     def rewrite(self, m: Match, build: Builder) -> Value:
         return self.replaced(m, build, m.x)
@@ -191,12 +192,18 @@ class CausalMask(_OfAttention):
     def check(self, m: Match) -> str | None:
         facts = MaskFacts(m.module)
         if m.triangle.type.dtype is DType.BOOL:
-            return None if facts.is_causal(m.triangle) else "no condition is known to be the lower triangle"
+            if not facts.is_causal(m.triangle):
+                return "no condition is known to be the lower triangle"
+            return None if m.x is None else _mask_problem(m.x)
         return None if facts.hides_the_future(m.triangle) else "the mask is not known to hide the future and no more"
 
     def rewrite(self, m: Match, build: Builder) -> Value:
         rest = m.x if m.y is None else build(ops.LogicalAnd(m.x, m.y))
         return self.replaced(m, build, rest, causal=True)
+
+
+def _mask_problem(value: Value) -> str | None:
+    return None if value.type.rank >= 2 else f"{value.type} has no axes for queries and keys"
 
 
 def _expanded(value: Value, like: Value, build: Builder) -> Value:
