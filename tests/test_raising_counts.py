@@ -47,7 +47,9 @@ def test_the_legacy_exporter_gives_the_counts_of_the_architecture(name: str, eag
 
 @pytest.mark.parametrize("written", hand_written(), ids=lambda written: written.name)
 def test_hand_written_models_are_raised(written: HandWritten) -> None:
-    module = optimize(from_onnx(written.proto), PIPELINE).module
+    imported = from_onnx(written.proto)
+    assert not set(count(imported)) & set(written.counts)
+    module = optimize(imported, PIPELINE).module
     assert count(module) == written.counts
     session = onnxruntime.InferenceSession(written.proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, dict(written.inputs))
