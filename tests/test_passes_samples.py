@@ -84,7 +84,7 @@ def test_macs_of_a_repeat_count_every_iteration() -> None:
         ([1.0, 2.0], [1.0, 2.0], 0, 0.0),
         ([math.nan, math.inf], [math.nan, math.inf], 0, 0.0),
         ([0.0, 1.0], [-0.0, 1.0], 1, 0.0),
-        ([math.nan, 1.0], [0.0, 1.0], 1, math.inf),
+        ([math.nan, 1.0], [0.0, 1.0], 1, 0.0),
         ([math.inf, 1.0], [-math.inf, 1.0], 1, math.inf),
         ([1.0, 4.0], [1.0, 4.5], 1, 0.5),
     ],
