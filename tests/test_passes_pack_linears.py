@@ -126,15 +126,15 @@ def _traced(entry: object, length: int = 12) -> Module:
 )
 def test_packs_of_the_zoo(name: str, packs: int) -> None:
     before = _traced(get(name))
-    after, rows = rewritten(before, "cleanup,fuse,cleanup,pack-linears")
+    after, rows = rewritten(before, "cleanup,raise,pack-linears")
     applied = sum(rule["applied"] for rule in rows[-1].rules)
     assert applied == packs
-    assert_same_results(rewritten(before, "cleanup,fuse,cleanup")[0], after)
+    assert_same_results(rewritten(before, "cleanup,raise")[0], after)
 
 
 def test_a_vit_of_twelve_layers_has_twelve_packs() -> None:
     module = _traced(vit_b())
-    before, _ = rewritten(module, "cleanup,fuse")
+    before, _ = rewritten(module, "cleanup,raise")
     after, (row,) = rewritten(before, "pack-linears")
     assert row.rules[0]["applied"] == 12
     assert count_ops(before)["linear"] - count_ops(after)["linear"] == 24
