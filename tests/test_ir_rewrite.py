@@ -641,3 +641,13 @@ def _source(*shape: int) -> object:
     from trimtab.ir.weights import TorchSource
 
     return TorchSource(torch.randn(*shape))
+
+
+@pytest.mark.parametrize(("result", "replaced"), [(0, {"a"}), (2, {"c"}), (..., {"a", "b", "c"})])
+def test_a_pattern_names_one_of_several_results_or_any(result: int, replaced: set[str]) -> None:
+    module = graph("""
+  %a, %b, %c = split(%x) {dim=1, sizes=[1, 1, 2]} : f32[2, 1], f32[2, 1], f32[2, 2]
+  return a=%a, b=%b, c=%c""")
+    found = rule(lambda x: op.split(x)[result], private=False)
+    (split,) = module.walk()
+    assert {value.name for value in split.results if found.explain(module, at=value).matches} == replaced
