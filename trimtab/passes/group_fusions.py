@@ -91,7 +91,10 @@ class _Grouping:
                 if can_join(op) and not isinstance(op, CONTRACTIONS):
                     self._grow(op, may_keep)
         groups = [group for op, group in self._groups.items() if group.anchor is op and len(group.ops) > 1]
-        return [fuse(self._module, group.ops, group.anchor) for group in groups]
+        made = [fuse(self._module, group.ops, group.anchor) for group in groups]
+        for op in made:
+            op.made_by = self._options.name
+        return made
 
     def _grow(self, op: Op, may_keep: bool) -> None:
         """Let the group of ``op`` join those that it reads from, where most is saved first."""
