@@ -59,6 +59,7 @@ def run_page(name: str, page: str) -> None:
     module = ModuleType(f"docs_page_{re.sub(r'[^a-zA-Z0-9]', '_', name)}")
     sys.modules[module.__name__] = module  # dataclasses look their module up by name
     ops_of_trimtab = dict(OP_CLASSES)
+    loaded = set(sys.modules)
     printed: str | None = None
     try:
         for block in blocks(page):
@@ -74,6 +75,15 @@ def run_page(name: str, page: str) -> None:
         OP_CLASSES.clear()
         OP_CLASSES.update(ops_of_trimtab)
         del sys.modules[module.__name__]
+        _forget_files_of_the_page(loaded)
+
+
+def _forget_files_of_the_page(loaded: set[str]) -> None:
+    # Two pages may each have a model.py, which the second would otherwise get from the first.
+    for name in set(sys.modules) - loaded:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(Path.cwd()):
+            del sys.modules[name]
 
 
 def _run_python(block: Block, name: str, module: ModuleType) -> str:

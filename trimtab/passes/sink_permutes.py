@@ -42,13 +42,20 @@ class SinkPermutes(Pass):
     contract: ClassVar[Contract] = Exact(rounding=True)
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        changed = rewrite_each(module, _read_before_permutes, self.name, ctx.rewrites)
+        changed = False
+        # Each round leaves fewer bytes to permute, and may bring other permutes together.
+        while self._round(module, ctx.rewrites):
+            changed = True
+        return changed
+
+    def _round(self, module: Module, rewrites: Rewrites) -> bool:
+        changed = rewrite_each(module, _read_before_permutes, self.name, rewrites)
         for graph in list(module.all_graphs()):
             for dims in dict.fromkeys(op.dims for op in graph.ops if isinstance(op, ops.Permute)):
                 turned = False
                 for region in _regions(module, graph, dims):
-                    best = region.best(ctx.rewrites)
-                    if best and ctx.rewrites.permit(self.name, region.carriers[0]):
+                    best = region.best(rewrites)
+                    if best and rewrites.permit(self.name, region.carriers[0]):
                         _turn(module, graph, dims, [op for op in graph.ops if op in best])
                         turned = True
                 if turned:

@@ -22,7 +22,7 @@ from trimtab.ir.rewrite.rule import CompiledRule, Rule, compile_rule
 
 APPLICATIONS_PER_OP = 8
 """A rule that applies more often than this times the number of ops, plus 64, is taken to loop."""
-_FEW_READERS = 4
+_FEW_READERS = 8
 
 
 def apply_rules(module: Module, rules: Sequence[Rule], rewrites: Rewrites | None = None) -> int:
