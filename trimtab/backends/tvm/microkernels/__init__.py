@@ -1,0 +1,118 @@
+"""Micro-kernels: the inner loops of matrix products as LLVM IR text, generated from a description of the processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab.backends.tvm.microkernels import amx
+from trimtab.backends.tvm.microkernels.isa import (
+    AMX,
+    AVX2,
+    AVX512,
+    AVX512_BF16,
+    AVX512_VNNI,
+    AVX_VNNI,
+    PORTABLE,
+    InstructionSet,
+)
+from trimtab.backends.tvm.microkernels.llvm_text import Writer
+from trimtab.backends.tvm.microkernels.products import NibbleProduct
+from trimtab.backends.tvm.microkernels.vector_kernel import VectorKernel
+from trimtab.errors import BackendError
+
+__all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
+           "AVX_VNNI", "PORTABLE"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MicroKernel:
+    """``C = A B`` or ``C += A B`` for one register tile, as LLVM IR text.
+
+    The function is ``i32 name(ptr A, i64 lda, ptr B, ptr C, i64 ldc, i64 depth, i32 accumulate)`` and returns 0. A is
+    row-major [rows, depth] of ``a_dtype``, ``lda`` elements from row to row, unaligned. B is a packed panel
+    [depth / group, columns, group] of ``b_dtype``, 64-byte aligned. C is row-major [rows, columns] of ``c_dtype``,
+    ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it.
+
+    With ``b_dtype`` ``i4`` the panel has bytes [depth / 2, columns], the even k in the low half, and the function has one
+    more parameter, ``ptr scales``: f32 [depth / 32, columns], 4-byte aligned, one factor per column and 32 k.
+
+    Attributes:
+        name: symbol, unique per instruction set, kind, rows and columns.
+        text: a whole LLVM module, without triple and data layout; several modules may link the same one.
+        features: CPU features the code needs, in LLVM's names.
+        rows: rows of the tile.
+        columns: columns of the tile, which are those of a panel.
+        group: consecutive k that are interleaved in B.
+        a_dtype: ``f32``, ``bf16``, ``u8`` or ``s8``.
+        b_dtype: ``f32``, ``f16``, ``bf16``, ``s8`` or ``i4``.
+        c_dtype: ``f32`` or ``i32``.
+        depth_step: the depth must be a multiple of this.
+        setup: symbol of an ``i32 ()`` function to call in each thread before a run of tiles of this shape; it returns 0,
+            or a negative error number of the system. Empty when nothing is to be set up.
+        teardown: the same for the end of the run.
+    """
+
+    name: str
+    text: str
+    features: tuple[str, ...]
+    rows: int
+    columns: int
+    group: int
+    a_dtype: str
+    b_dtype: str
+    c_dtype: str
+    depth_step: int
+    setup: str = ""
+    teardown: str = ""
+
+
+def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> MicroKernel:
+    """The micro-kernel of ``rows`` x ``columns`` for ``kind`` of data on ``isa``.
+
+    Args:
+        kind: a key of ``isa.products``, e.g. ``f32``, ``bf16``, ``u8*s8``, ``f32*i4``.
+        columns: a multiple of ``isa.lanes``.
+
+    Raises:
+        BackendError: the instruction set has no such product, or the tile is not a tile of it.
+    """
+    product = isa.products.get(kind)
+    if product is None:
+        raise BackendError(
+            "no micro-kernel",
+            values={"instruction set": isa.name, "kind": kind, "known": [*isa.products]},
+            rule="each instruction set multiplies certain kinds of data",
+            fix="use one of the known kinds",
+        )
+    name = f"trimtab_{isa.name}_{kind.replace('*', '_')}_{rows}x{columns}"
+    features = tuple(dict.fromkeys((*isa.features, *product.features)))
+    parameters = "ptr noalias %a, i64 %lda, ptr noalias %b, ptr noalias %c, i64 %ldc, i64 %depth, i32 %accumulate"
+    globals: list[str] = []
+    setup = teardown = ""
+    functions: list[tuple[str, Writer]] = []
+    if isinstance(product, amx.TileProduct):
+        body = Writer()
+        amx.kernel_text(body, product, rows, columns)
+        setup, teardown = f"trimtab_amx_configure_{rows}x{columns}", "trimtab_amx_release"
+        prepare, release = Writer(), Writer()
+        globals.append(amx.setup_text(prepare, rows, columns))
+        amx.teardown_text(release)
+        functions += [(f"i32 @{setup}()", prepare), (f"i32 @{teardown}()", release)]
+    else:
+        body = VectorKernel(product, isa.lanes, rows, columns // isa.lanes, 1, 1).generate()
+        if isinstance(product, NibbleProduct):
+            parameters += ", ptr noalias %scales"
+    functions.append((f"i32 @{name}({parameters})", body))
+    return MicroKernel(name, _module(isa, features, functions, globals), features, rows, columns, product.group,
+                       product.a_dtype, product.b_dtype, product.c_dtype, product.depth_step, setup, teardown)  # fmt: skip
+
+
+def _module(
+    isa: InstructionSet, features: tuple[str, ...], functions: list[tuple[str, Writer]], globals: list[str]
+) -> str:
+    declarations = sorted({line for _, body in functions for line in body.declarations})
+    definitions = [body.function(signature, "#0") for signature, body in functions]
+    attributes = ["nounwind", f'"prefer-vector-width"="{8 * isa.vector_bytes}"']
+    if features:
+        attributes.append(f'"target-features"="{",".join("+" + feature for feature in features)}"')
+    return "\n".join([*globals, *declarations, *definitions, f"attributes #0 = {{ {' '.join(attributes)} }}", ""])
