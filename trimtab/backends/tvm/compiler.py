@@ -60,7 +60,7 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
         clock.lap("lower")
         executable = build_executable(lowered, spec.tvm_target())
         clock.lap("generate")
-        library = _link(executable, compiler)
+        library = link(executable, compiler)
         clock.lap("link")
     except TrimtabError:
         raise
@@ -134,7 +134,12 @@ def find_compiler(spec: TargetSpec) -> str:
     )  # fmt: skip
 
 
-def _link(executable: Any, compiler: str) -> bytes:
+def link(executable: Any, compiler: str) -> bytes:
+    """The bytes of the shared library that ``compiler`` links from TVM's output.
+
+    Raises:
+        BackendError: linking failed.
+    """
     from tvm.support import cc
 
     with tempfile.TemporaryDirectory(prefix="trimtab-link-") as directory:

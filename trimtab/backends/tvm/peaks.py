@@ -1,0 +1,222 @@
+"""What this machine can do at most: multiply-accumulates per second by kind of data, and bytes read from memory.
+
+Measured, not looked up, because clock rates depend on the load and virtual machines hide what they share.  The loops
+(:mod:`trimtab.backends.tvm.peak_probes`) are compiled once per processor and kept in the user's cache folder; measuring
+takes one to two seconds each time, and no tvm when the cached library is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+
+from trimtab.atomic_file import write_atomically
+from trimtab.backends.tvm.availability import require_tvm
+from trimtab.backends.tvm.peak_probes import KINDS, READ_BLOCK, Instruction, loop_text, read_text, usable_instructions
+from trimtab.backends.tvm.targets import find_target, host_features
+from trimtab.errors import BackendError, UsageError
+
+_Loop: TypeAlias = Callable[[int, int], None]
+"""A probe: takes an address and a number of iterations."""
+
+_SECONDS = 0.02
+"""Length of one measurement: a thousand times what starting the threads takes."""
+
+_REPEATS = 7
+# More than the last-level cache a process is likely to get for itself, without asking for much memory.
+_READ_BYTES = 512 << 20
+# tvm::CallingConv::kCPackedFunc: the function has its final form.
+_AS_WRITTEN = 1
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux lends the tile registers on request only.
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The most that ``threads`` threads of this machine can do at the same time.
+
+    Attributes:
+        threads: how many threads computed.
+        rates: for each kind of multiplicands, for each instruction, operations per second: two per multiply-accumulate.
+        read_bandwidth: bytes per second read from memory.
+    """
+
+    threads: int
+    rates: Mapping[str, Mapping[str, float]]
+    read_bandwidth: float
+
+    @property
+    def f32_flops(self) -> float:
+        """Operations per second on f32; 0 where there is no instruction with a probe, as for the other kinds."""
+        return self.of("f32")
+
+    @property
+    def bf16_flops(self) -> float:
+        """Operations per second with products of bf16 and sums in f32."""
+        return self.of("bf16")
+
+    @property
+    def int8_ops(self) -> float:
+        """Operations per second with products of 8-bit integers and sums in i32."""
+        return self.of("int8")
+
+    def of(self, kind: str) -> float:
+        """Operations per second of the fastest instruction for a kind of multiplicands."""
+        return max(self.rates.get(kind, {}).values(), default=0.0)
+
+
+def measure_peaks(threads: int) -> Peaks:
+    """Measure this machine with ``threads`` threads, the best of several short runs each.
+
+    Raises:
+        UsageError: ``threads`` is less than one.
+        BackendError: there are no probes for this machine, or they cannot be compiled.
+        MissingDependencyError: they have to be compiled, and tvm or a C compiler is missing.
+    """
+    if threads < 1:
+        raise UsageError("bad number of threads", values={"threads": threads}, rule="it must be at least 1")
+    features = host_features()
+    if not _may_use_tiles():
+        features = {name for name in features if not name.startswith("amx")}
+    instructions = usable_instructions(features)
+    library = _probe_library(instructions)
+    rates: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for instruction in instructions:
+        speed = _iterations_per_second(_function(library, instruction.name), threads)
+        rates[instruction.kind][instruction.name] = 2 * instruction.macs_per_iteration * speed
+    return Peaks(threads, rates, _read_bandwidth(_function(library, "read"), threads))
+
+
+def _may_use_tiles() -> bool:
+    """Whether the system lets this process use AMX; asking is what gives the permission."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
+
+
+def _iterations_per_second(loop: _Loop, threads: int) -> float:
+    def seconds(count: int, threads: int) -> float:
+        return _together([lambda: loop(0, count)] * threads)
+
+    count = 1000
+    while (once := seconds(count, 1)) < _SECONDS / 4:
+        count *= 4
+    count = max(1, int(count * _SECONDS / once))
+    return threads * count / min(seconds(count, threads) for _ in range(_REPEATS))
+
+
+def _read_bandwidth(read: _Loop, threads: int) -> float:
+    blocks = _READ_BYTES // READ_BLOCK // threads
+    memory = np.ones(threads * blocks * READ_BLOCK // 8 + 8, np.int64)  # written, so that it has pages
+    start = -(-memory.ctypes.data // 64) * 64
+    parts = [start + index * blocks * READ_BLOCK for index in range(threads)]
+    jobs = [functools.partial(read, part, blocks) for part in parts]
+    return threads * blocks * READ_BLOCK / min(_together(jobs) for _ in range(_REPEATS))
+
+
+def _together(jobs: Sequence[Callable[[], object]]) -> float:
+    """Seconds from the start of the first to the end of the last of ``jobs``, each in a thread of its own.
+
+    Foreign code runs without Python's lock, so that the threads do run at the same time.
+    """
+    barrier = threading.Barrier(len(jobs))
+    spans: list[tuple[float, float]] = []
+
+    def work(job: Callable[[], object]) -> None:
+        barrier.wait()
+        begin = time.perf_counter()
+        job()
+        spans.append((begin, time.perf_counter()))
+
+    workers = [threading.Thread(target=work, args=(job,)) for job in jobs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return max(end for _, end in spans) - min(begin for begin, _ in spans)
+
+
+def _symbol(probe: str) -> str:
+    return "probe_" + probe.replace(" ", "_")
+
+
+def _function(library: ctypes.CDLL, probe: str) -> _Loop:
+    function = getattr(library, _symbol(probe))
+    function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int64], None
+    return cast(_Loop, function)
+
+
+def _probe_library(instructions: Sequence[Instruction]) -> ctypes.CDLL:
+    """The compiled probes, from the cache where they are there."""
+    if platform.system() != "Linux" or not instructions:
+        raise BackendError(
+            "the peak of this machine cannot be measured",
+            values={"machine": platform.machine(), "system": platform.system()},
+            rule="there are probes for Linux on x86-64 with AVX2, and on 64-bit Arm",
+        )
+    texts = {_symbol(each.name): loop_text(each) for each in instructions}
+    features = sorted({feature for each in instructions for feature in each.features})
+    texts[_symbol("read")] = read_text(64 if "avx512f" in features else 32)
+    digest = hashlib.sha256(repr((platform.machine(), features, texts)).encode()).hexdigest()
+    path = cache_folder() / f"peaks-{digest[:16]}.so"
+    if not path.is_file():
+        library = compile_probes(texts, features)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, library)
+    return ctypes.CDLL(str(path))
+
+
+def cache_folder() -> Path:
+    """Where Trimtab keeps what it can make again: ``$XDG_CACHE_HOME/trimtab``, by default ``~/.cache/trimtab``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+
+
+def compile_probes(texts: Mapping[str, str], features: Sequence[str]) -> bytes:
+    """A shared library with the functions of :func:`carriers`; it needs no other library."""
+    require_tvm()
+    import tvm
+    from tvm import ir
+
+    from trimtab.backends.tvm.compiler import find_compiler, link
+
+    spec = find_target("native")
+    # The loops are inlined into their carriers, which therefore must have all features.
+    target = {**spec.tvm_target(), "mattr": [f"+{feature}" for feature in features]}
+    try:
+        executable = tvm.compile(ir.IRModule(carriers(texts)), target=tvm.target.Target(target))
+    except Exception as error:
+        raise BackendError(
+            "the probes of this machine's peak cannot be compiled",
+            values={"cpu": spec.cpu, "error": (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]},
+            fix="this is a bug of Trimtab or TVM: report it with the processor's name",
+        ) from error
+    return link(executable, find_compiler(spec))
+
+
+def carriers(texts: Mapping[str, str]) -> dict[str, Any]:
+    """For each name a C function ``void name(i64, i64)`` in TIR that calls the ``loop`` of an LLVM module."""
+    from tvm import ir, tirx
+
+    functions = {}
+    for name, text in texts.items():
+        inner = f"{name}_loop"
+        arguments = [tirx.Var("address", "int64"), tirx.Var("iterations", "int64")]
+        call = tirx.Evaluate(tirx.call_extern("void", inner, *arguments))
+        imported = ir.StringImm(text.replace("@loop(", f"@{inner}("))
+        body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", imported, call)
+        # A calling convention that is given is kept: TVM's own would need its runtime.
+        attributes = {"global_symbol": name, "calling_conv": _AS_WRITTEN, "tirx.noalias": True}
+        functions[name] = tirx.PrimFunc(arguments, body).with_attr(attributes)
+    return functions
