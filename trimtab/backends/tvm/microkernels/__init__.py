@@ -12,6 +12,9 @@ from trimtab.backends.tvm.microkernels.isa import (
     AVX512_BF16,
     AVX512_VNNI,
     AVX_VNNI,
+    NEON,
+    NEON_DOTPROD,
+    NEON_I8MM,
     PORTABLE,
     InstructionSet,
 )
@@ -21,7 +24,7 @@ from trimtab.backends.tvm.microkernels.vector_kernel import VectorKernel
 from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
-           "AVX_VNNI", "PORTABLE"]  # fmt: skip
+           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class MicroKernel:
     [depth / group, columns, group] of ``b_dtype``, 64-byte aligned. C is row-major [rows, columns] of ``c_dtype``,
     ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it.
 
-    With ``b_dtype`` ``i4`` the panel has bytes [depth / 2, columns], the even k in the low half, and the function has one
-    more parameter, ``ptr scales``: f32 [depth / 32, columns], 4-byte aligned, one factor per column and 32 k.
+    With ``b_dtype`` ``i4`` the panel has bytes [depth / 2, columns], the even k in the low half, and the function has
+    one more parameter, ``ptr scales``: f32 [depth / 32, columns], 4-byte aligned, one factor per column and 32 k.
+
+    TVM inlines the function where it is called and drops the attributes, so the target must have the features too.
 
     Attributes:
         name: symbol, unique per instruction set, kind, rows and columns.
@@ -47,8 +52,8 @@ class MicroKernel:
         b_dtype: ``f32``, ``f16``, ``bf16``, ``s8`` or ``i4``.
         c_dtype: ``f32`` or ``i32``.
         depth_step: the depth must be a multiple of this.
-        setup: symbol of an ``i32 ()`` function to call in each thread before a run of tiles of this shape; it returns 0,
-            or a negative error number of the system. Empty when nothing is to be set up.
+        setup: symbol of an ``i32 ()`` function to call in each thread before a run of tiles of this shape; it returns
+            0, or a negative error number of the system. Empty when nothing is to be set up.
         teardown: the same for the end of the run.
     """
 
@@ -103,8 +108,9 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
         if isinstance(product, NibbleProduct):
             parameters += ", ptr noalias %scales"
     functions.append((f"i32 @{name}({parameters})", body))
-    return MicroKernel(name, _module(isa, features, functions, globals), features, rows, columns, product.group,
-                       product.a_dtype, product.b_dtype, product.c_dtype, product.depth_step, setup, teardown)  # fmt: skip
+    text = _module(isa, features, functions, globals)
+    return MicroKernel(name, text, features, rows, columns, product.group, product.a_dtype, product.b_dtype,
+                       product.c_dtype, product.depth_step, setup, teardown)  # fmt: skip
 
 
 def _module(

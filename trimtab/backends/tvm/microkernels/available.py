@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from trimtab.backends.tvm.microkernels import isa
 
-FASTEST_FIRST = (isa.AMX, isa.AVX512_BF16, isa.AVX512_VNNI, isa.AVX512, isa.AVX_VNNI, isa.AVX2, isa.PORTABLE)
+FASTEST_FIRST = (isa.AMX, isa.AVX512_BF16, isa.AVX512_VNNI, isa.AVX512, isa.AVX_VNNI, isa.AVX2,
+                 isa.NEON_I8MM, isa.NEON_DOTPROD, isa.NEON, isa.PORTABLE)  # fmt: skip
 
 
 def available_sets(triple: str, features: Collection[str]) -> tuple[isa.InstructionSet, ...]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.products import (
     DotProduct,
     FloatProduct,
+    MatrixProduct,
     NibbleProduct,
     PairProduct,
     Product,
     WidenedProduct,
 )
+
+Products = dict[str, Product | TileProduct]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class InstructionSet:
         return self.vector_bytes // 4
 
 
-def _floats(converts_half: bool = True, half_features: tuple[str, ...] = ()) -> dict[str, Product | TileProduct]:
+def _floats(converts_half: bool = True, half_features: tuple[str, ...] = ()) -> Products:
     """Kinds that end in an f32 multiply-add of vectors."""
     return {
         "f32": FloatProduct("f32", "f32", "f32"),
@@ -55,39 +58,63 @@ def _floats(converts_half: bool = True, half_features: tuple[str, ...] = ()) -> 
     }
 
 
-def _pairs(intrinsic: str) -> dict[str, Product | TileProduct]:
-    return {f"{a}*s8": PairProduct(a, "s8", "i32", group=4, parts=2, intrinsic=intrinsic) for a in ("u8", "s8")}
+def _widened() -> Products:
+    return {f"{a}*s8": WidenedProduct(a, "s8", "i32") for a in ("u8", "s8")}
 
 
-def _vpdpbusd(bits: int, feature: str) -> dict[str, Product | TileProduct]:
+def _pmaddwd(intrinsic: str) -> Products:
+    return {f"{a}*s8": PairProduct(a, "s8", "i32", 4, parts=2, temporaries=1, intrinsic=intrinsic)
+            for a in ("u8", "s8")}  # fmt: skip
+
+
+def _vpdpbusd(bits: int, feature: str) -> Products:
     """Integer kinds by vpdpbusd, which multiplies unsigned by signed bytes and adds without saturation."""
-    operand, intrinsic = f"<{bits // 8} x i8>", f"llvm.x86.avx512.vpdpbusd.{bits}"
-    common = {"group": 4, "features": (feature,), "intrinsic": intrinsic, "operand": operand}
-    return {
-        "u8*s8": DotProduct("u8", "s8", "i32", **common),
-        "s8*s8": DotProduct("s8", "s8", "i32", swapped=True, toggles_b=True, **common),
-    }
+    unsigned = DotProduct("u8", "s8", "i32", 4, (feature,), operand=f"<{bits // 8} x i8>",
+                          intrinsic=f"llvm.x86.avx512.vpdpbusd.{bits}")  # fmt: skip
+    return {"u8*s8": unsigned, "s8*s8": replace(unsigned, a_dtype="s8", swapped=True, toggles_b=True)}
+
+
+def _dotprod() -> Products:
+    """Integer kinds by sdot and udot, which need both operands of one signedness."""
+    signed = DotProduct("s8", "s8", "i32", 4, ("dotprod",), operand="<16 x i8>",
+                        intrinsic="llvm.aarch64.neon.sdot.v4i32.v16i8")  # fmt: skip
+    unsigned = replace(signed, a_dtype="u8", toggles_b=True, intrinsic="llvm.aarch64.neon.udot.v4i32.v16i8")
+    return {"s8*s8": signed, "u8*s8": unsigned}
+
+
+def _i8mm() -> Products:
+    names = {"u8": "usmmla", "s8": "smmla"}
+    return {f"{a}*s8": MatrixProduct(a, "s8", "i32", 8, ("i8mm",), rows_at_once=2,
+                                     intrinsic=f"llvm.aarch64.neon.{name}.v4i32.v16i8")
+            for a, name in names.items()}  # fmt: skip
 
 
 _AVX2 = ("avx2", "fma")
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
-PORTABLE = InstructionSet("portable", "", (), 16, 16, 4, {**_floats(converts_half=False),
-    "u8*s8": WidenedProduct("u8", "s8", "i32"), "s8*s8": WidenedProduct("s8", "s8", "i32")})  # fmt: skip
+# LLVM's vector operations without an intrinsic of a processor, on registers that nearly every processor has.
+PORTABLE = InstructionSet("portable", "", (), 16, 16, 4, {**_floats(converts_half=False), **_widened()})
+
 AVX2 = InstructionSet("avx2", "x86_64", _AVX2, 32, 16, 10,
-    {**_floats(half_features=("f16c",)), **_pairs("llvm.x86.avx2.pmadd.wd")})  # fmt: skip
-AVX_VNNI = InstructionSet("avxvnni", "x86_64", _AVX2, 32, 16, 10, {**AVX2.products, **_vpdpbusd(256, "avxvnni")})
+                      {**_floats(half_features=("f16c",)), **_pmaddwd("llvm.x86.avx2.pmadd.wd")})  # fmt: skip
+AVX_VNNI = replace(AVX2, name="avxvnni", products={**AVX2.products, **_vpdpbusd(256, "avxvnni")})
+
 AVX512 = InstructionSet("avx512", "x86_64", _AVX512, 64, 32, 8,
-    {**_floats(), **_pairs("llvm.x86.avx512.pmaddw.d.512")})  # fmt: skip
-AVX512_VNNI = InstructionSet("avx512vnni", "x86_64", _AVX512, 64, 32, 10,
-    {**AVX512.products, **_vpdpbusd(512, "avx512vnni")})  # fmt: skip
-AVX512_BF16 = InstructionSet("avx512bf16", "x86_64", _AVX512, 64, 32, 12, {
+                        {**_floats(), **_pmaddwd("llvm.x86.avx512.pmaddw.d.512")})  # fmt: skip
+AVX512_VNNI = replace(AVX512, name="avx512vnni", chains=10,
+                      products={**AVX512.products, **_vpdpbusd(512, "avx512vnni")})  # fmt: skip
+AVX512_BF16 = replace(AVX512_VNNI, name="avx512bf16", chains=12, products={
     **AVX512_VNNI.products,
-    "bf16": DotProduct("bf16", "bf16", "f32", group=2, features=("avx512bf16",), operand="<32 x bfloat>",
+    "bf16": DotProduct("bf16", "bf16", "f32", 2, ("avx512bf16",), operand="<32 x bfloat>",
                        intrinsic="llvm.x86.avx512bf16.dpbf16ps.512"),
 })  # fmt: skip
+
 AMX = InstructionSet("amx", "x86_64", ("amx-tile",), 64, 8, 4, {
     "bf16": TileProduct("bf16", "bf16", "f32", 2, ("amx-bf16",), "tdpbf16ps"),
     "u8*s8": TileProduct("u8", "s8", "i32", 4, ("amx-int8",), "tdpbusd"),
     "s8*s8": TileProduct("s8", "s8", "i32", 4, ("amx-int8",), "tdpbssd"),
 })  # fmt: skip
+
+NEON = InstructionSet("neon", "aarch64", ("neon",), 16, 32, 16, {**_floats(), **_widened()})
+NEON_DOTPROD = replace(NEON, name="dotprod", products={**NEON.products, **_dotprod()})
+NEON_I8MM = replace(NEON, name="i8mm", products={**NEON.products, **_i8mm()})

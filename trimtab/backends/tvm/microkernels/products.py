@@ -2,7 +2,8 @@
 
 A step covers ``group`` consecutive k.  Its part of a row of A is spread over a whole register (every lane sees the
 same k), its part of a vector of B columns is one register, and a multiply-add takes both into an accumulator with one
-lane per column.  Some products need more than one register for either (``parts``), because they widen on the way.
+lane per column.  Some products need more than one register for either (``parts``), because they widen on the way;
+matrix instructions take several rows at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _TYPES = {"f32": "float", "f16": "half", "bf16": "i16", "u8": "i8", "s8": "i8"}
 
 @dataclass(frozen=True)
 class Product:
-    """Base of the products that keep one accumulator lane per column.
+    """Base of the products on vector registers.
 
     Attributes:
         a_dtype: element type of A.
@@ -26,6 +27,8 @@ class Product:
         group: consecutive k in a step, interleaved in B.
         features: CPU features beyond those of the instruction set.
         parts: registers for a step's part of a row of A, and of a vector of B.
+        temporaries: registers besides those and the accumulators.
+        rows_at_once: rows of A in a register, and so of an accumulator, which has ``lanes / rows_at_once`` columns.
     """
 
     a_dtype: str
@@ -34,6 +37,8 @@ class Product:
     group: int = 1
     features: tuple[str, ...] = ()
     parts: int = 1
+    temporaries: int = 0
+    rows_at_once: int = 1
 
     @property
     def a_bytes(self) -> int:
@@ -49,18 +54,16 @@ class Product:
     def depth_step(self) -> int:
         return self.group
 
-    @property
-    def sums_rows_of_a(self) -> bool:
-        """Whether the accumulators must be corrected by the sums of the rows of A."""
-        return False
-
-    def load_a(self, f: Writer, lanes: int, pointer: str) -> list[str]:
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        """The parts of A for one step, from the places of ``rows_at_once`` rows in memory."""
         raise NotImplementedError
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
+        """The parts of B for one step and the columns of an accumulator."""
         raise NotImplementedError
 
     def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
+        """The accumulator with the product of a part of A and the same part of B added."""
         raise NotImplementedError
 
 
@@ -74,8 +77,8 @@ class FloatProduct(Product):
 
     converts_half: bool = True
 
-    def load_a(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        value = f.load(_TYPES[self.a_dtype], pointer, 1)
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        value = f.load(_TYPES[self.a_dtype], rows[0], 1)
         if self.a_dtype == "bf16":
             bits = f.let(f"shl i32 {f.let(f'zext i16 {value} to i32')}, 16")
             value = f.let(f"bitcast i32 {bits} to float")
@@ -100,7 +103,7 @@ class FloatProduct(Product):
 
 
 def _half_to_float(f: Writer, bits: str, real: str, half: str) -> str:
-    """f16 in the low bits of each lane to f32: the exponent is moved by an exact multiplication, which normalizes too."""
+    """f16 in the low bits of each lane to f32: an exact multiplication moves the exponent, and normalizes too."""
     magnitude = f.let(f"and {bits} {half}, splat (i32 32767)")
     shifted = f.let(f"bitcast {bits} {f.let(f'shl {bits} {magnitude}, splat (i32 13)')} to {real}")
     scaled = f.let(f"fmul {real} {shifted}, splat (float 0x46F0000000000000)")  # 2 ** 112
@@ -117,7 +120,7 @@ def _half_to_float(f: Writer, bits: str, real: str, half: str) -> str:
 class NibbleProduct(Product):
     """f32 times signed 4-bit weights: two k in a byte of B, the even one in the low half.
 
-    The weights of 32 consecutive k of a column share an f32 scale. Sums are formed per 32 k without it, then scaled.
+    The weights of ``scale_group`` consecutive k of a column share an f32 scale, and are summed before they are scaled.
     """
 
     scale_group: int = 32
@@ -126,8 +129,8 @@ class NibbleProduct(Product):
     def depth_step(self) -> int:
         return self.scale_group
 
-    def load_a(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        return [f.splat(lanes, "float", f.load("float", f.offset(pointer, 4 * k), 1)) for k in range(2)]
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        return [f.splat(lanes, "float", f.load("float", f.offset(rows[0], 4 * k), 1)) for k in range(2)]
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         bits = f"<{lanes} x i32>"
@@ -147,12 +150,10 @@ class DotProduct(Product):
 
     Attributes:
         intrinsic: name of the instruction; its operands after the accumulator are A and B.
-        swapped: the operands are B and A.
         operand: type of a register of A or B as the intrinsic wants it.
-        toggles_b: the instruction needs B with the other signedness. The sign bits are toggled, which adds 128 to each
-            signed value, and 128 times the sum of the row of A is subtracted in the end: exact in wrapping arithmetic.
-        sum_intrinsic: with ``toggles_b``, the instruction that sums A when its B is all ones, and
-        sum_swapped: whether that one takes the ones first.
+        swapped: the operands are B and A.
+        toggles_b: the instruction wants B unsigned. Toggling the sign bits adds 128 to each value of B, so 128 times
+            the sum of the row of A is to be subtracted, which is exact in wrapping arithmetic.
     """
 
     intrinsic: str = ""
@@ -160,12 +161,8 @@ class DotProduct(Product):
     swapped: bool = False
     toggles_b: bool = False
 
-    @property
-    def sums_rows_of_a(self) -> bool:
-        return self.toggles_b
-
-    def load_a(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        spread = f.splat(lanes, "i32", f.load("i32", pointer, 1))
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        spread = f.splat(lanes, "i32", f.load("i32", rows[0], 1))
         return [f.let(f"bitcast <{lanes} x i32> {spread} to {self.operand}")]
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
@@ -190,8 +187,8 @@ class PairProduct(Product):
 
     intrinsic: str = ""
 
-    def load_a(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        return self._widen(f, lanes, f.splat(lanes, "i32", f.load("i32", pointer, 1)), self.a_dtype == "s8")
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        return self._widen(f, lanes, f.splat(lanes, "i32", f.load("i32", rows[0], 1)), self.a_dtype == "s8")
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         return self._widen(f, lanes, f.load(f"<{lanes} x i32>", pointer, lanes * 4), self.b_dtype == "s8")
@@ -212,8 +209,8 @@ class PairProduct(Product):
 class WidenedProduct(Product):
     """8-bit integers widened to 32 bits by way of 16, in a form that LLVM finds widening multiply-adds for."""
 
-    def load_a(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        value = f.let(f"{'sext' if self.a_dtype == 's8' else 'zext'} i8 {f.load('i8', pointer, 1)} to i16")
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        value = f.let(f"{'sext' if self.a_dtype == 's8' else 'zext'} i8 {f.load('i8', rows[0], 1)} to i16")
         spread = f.splat(lanes, "i16", value)
         return [f.let(f"sext <{lanes} x i16> {spread} to <{lanes} x i32>")]
 
@@ -225,3 +222,28 @@ class WidenedProduct(Product):
     def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
         words = f"<{lanes} x i32>"
         return f.let(f"add {words} {accumulator}, {f.let(f'mul {words} {a}, {b}')}")
+
+
+@dataclass(frozen=True)
+class MatrixProduct(Product):
+    """One instruction that multiplies two rows of A by two columns of B over eight k: ``smmla`` and ``usmmla``.
+
+    An accumulator is 2 x 2, row after row. A row without a partner is taken twice.
+
+    Attributes:
+        intrinsic: name of the instruction; its operands after the accumulator are A and B.
+    """
+
+    intrinsic: str = ""
+
+    def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
+        pair = "poison"
+        for lane, row in enumerate(rows):
+            pair = f.let(f"insertelement <2 x i64> {pair}, i64 {f.load('i64', row, 1)}, i64 {lane}")
+        return [f.let(f"bitcast <2 x i64> {pair} to <16 x i8>")]
+
+    def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
+        return [f.load("<16 x i8>", pointer, 16)]
+
+    def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
+        return f.call("<4 x i32>", self.intrinsic, ("<4 x i32>", accumulator), ("<16 x i8>", a), ("<16 x i8>", b))

@@ -1,98 +1,183 @@
-"""Micro-kernels on vector registers: accumulators are phi nodes of the loop over the depth, so they stay in registers."""
+"""Micro-kernels on vector registers: the accumulators are phi nodes of the loop over the depth, so they stay there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
-from trimtab.backends.tvm.microkernels.products import BITS, NibbleProduct, Product
+from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleProduct, Product
 
 
 class VectorKernel:
-    """Generates the body of one kernel of ``rows`` by ``vectors`` registers of accumulators.
+    """Generates the body of one kernel of ``rows`` by ``vectors`` registers of results.
 
-    The signature's names are ``%a %lda %b %c %ldc %depth %accumulate`` and, for 4-bit weights, ``%scales``.
+    Its parameters are ``%a %lda %b %c %ldc %depth %accumulate`` and, for 4-bit weights, ``%scales``.
 
     Args:
+        lanes: 32-bit lanes of a register.
         sets: copies of the accumulators, which take turns along the depth and are added in the end. More than one keeps
             the multiply-add units busy when a tile is small.
-        unroll: steps in an iteration, a multiple of ``sets``.
+        unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``.
     """
 
-    def __init__(self, product: Product, lanes: int, rows: int, vectors: int, sets: int, unroll: int) -> None:
-        self.product, self.lanes, self.rows, self.vectors, self.sets = product, lanes, rows, vectors, sets
-        self.unroll = unroll
+    def __init__(self, product: Product, lanes: int, rows: int, vectors: int, sets: int = 1, unroll: int = 1) -> None:
+        self.product, self.lanes, self.rows, self.columns = product, lanes, rows, vectors * lanes
+        self.sets, self.unroll = sets, unroll
         self.type = f"<{lanes} x {'float' if product.c_dtype == 'f32' else 'i32'}>"
+        self.add = "fadd" if product.c_dtype == "f32" else "add"
+        self.span = lanes // product.rows_at_once  # columns of an accumulator
+        self.accumulators = -(-rows // product.rows_at_once) * (self.columns // self.span)
         self.f = Writer()
 
     def generate(self) -> Writer:
+        """The function's body, from its parameters to its return."""
         f, p = self.f, self.product
         stride = f.let(f"mul i64 %lda, {BITS[p.a_dtype] // 8}")
         self.a_rows = ["%a", *(f.offset("%a", f.let(f"mul i64 {stride}, {row}")) for row in range(1, self.rows))]
         if isinstance(p, NibbleProduct):
             sums = self._scaled_groups(p)
         else:
-            steps = f.let(f"sdiv exact i64 %depth, {p.group}")
-            sums, _, _ = self._accumulate(steps, "0", "%b")
-        self._write(sums)
+            first = self._row_corrections(p) if isinstance(p, DotProduct) and p.toggles_b else None
+            sums, *_ = self._accumulate(f.let(f"sdiv exact i64 %depth, {p.group}"), "0", "%b", first)
+        self._write(self._by_row(sums))
         return f
 
-    def _accumulate(self, steps: str, a_offset: str, b: str) -> tuple[list[str], str, str]:
-        """Sums over ``steps`` steps from an offset in each row of A and a place in B; both are returned advanced."""
-        f, size = self.f, self.rows * self.vectors
-        state = [("i64", a_offset), ("ptr", b), *[(self.type, "zeroinitializer")] * (size * self.sets)]
+    def _accumulate(
+        self, steps: str, a_offset: str, b: str, first: list[str] | None = None
+    ) -> tuple[list[str], str, str]:
+        """Accumulators after ``steps`` steps, and where the steps ended.
 
-        def iteration(count: int) -> None:
+        Args:
+            a_offset: bytes from the start of each row of A.
+            b: place in the panel.
+            first: what the accumulators start from instead of 0.
+        """
+        f, size = self.f, self.accumulators
+        zeros = ["zeroinitializer"] * size
+        values = [a_offset, b, *(first or zeros), *zeros * (self.sets - 1)]
+        types = ["i64", "ptr", *[self.type] * (size * self.sets)]
+
+        def iteration(count: int) -> Callable[[list[str]], list[str]]:
             def body(values: list[str]) -> list[str]:
                 a_offset, b, *sums = values
                 for step in range(count):
-                    first = step % self.sets * size
-                    sums[first : first + size] = self._step(a_offset, b, step, sums[first : first + size])
-                width = self.vectors * self.lanes * self.product.b_bytes
-                return [f.let(f"add i64 {a_offset}, {count * self.product.a_bytes}"), f.offset(b, count * width), *sums]
+                    place = step % self.sets * size
+                    sums[place : place + size] = self._step(a_offset, b, step, sums[place : place + size])
+                a_next = f.let(f"add i64 {a_offset}, {count * self.product.a_bytes}")
+                return [a_next, f.offset(b, count * self.columns * self.product.b_bytes), *sums]
 
             return body
 
         if self.unroll > 1:
-            main = f.let(f"sdiv i64 {steps}, {self.unroll}")
-            values = f.loop(main, state, iteration(self.unroll))
-            state = [(type, value) for (type, _), value in zip(state, values, strict=True)]
+            values = f.loop(f.let(f"sdiv i64 {steps}, {self.unroll}"), list(zip(types, values, strict=True)),
+                            iteration(self.unroll))  # fmt: skip
             steps = f.let(f"srem i64 {steps}, {self.unroll}")
-        a_offset, b, *sums = f.loop(steps, state, iteration(1))
-        add = "fadd" if self.product.c_dtype == "f32" else "add"
-        total = sums[:size]
-        for first in range(size, len(sums), size):
-            total = [f.let(f"{add} {self.type} {x}, {y}") for x, y in zip(total, sums[first:], strict=False)]
-        return total, a_offset, b
+        a_offset, b, *sums = f.loop(steps, list(zip(types, values, strict=True)), iteration(1))
+        while len(sums) > size:
+            half = len(sums) // 2
+            sums = [f.let(f"{self.add} {self.type} {x}, {y}") for x, y in zip(sums[:half], sums[half:], strict=True)]
+        return sums, a_offset, b
 
     def _step(self, a_offset: str, b: str, step: int, sums: list[str]) -> list[str]:
+        """The accumulators after one step, the ``step``-th from the given places."""
         f, p, lanes = self.f, self.product, self.lanes
-        step_bytes = self.vectors * lanes * p.b_bytes
-        b_parts = [
-            p.load_b(f, lanes, f.offset(b, step * step_bytes + vector * lanes * p.b_bytes))
-            for vector in range(self.vectors)
-        ]
-        result = []
-        for row, place in enumerate(self.a_rows):
-            a_parts = p.load_a(f, lanes, f.offset(f.offset(place, a_offset), step * p.a_bytes))
-            for vector in range(self.vectors):
-                sum = sums[row * self.vectors + vector]
-                for a, b in zip(a_parts, b_parts[vector], strict=True):
-                    sum = p.multiply_add(f, lanes, sum, a, b)
+        starts = range(step * self.columns, (step + 1) * self.columns, self.span)
+        b_parts = [p.load_b(f, lanes, f.offset(b, column * p.b_bytes)) for column in starts]
+        result: list[str] = []
+        for first in range(0, self.rows, p.rows_at_once):
+            rows = [min(first + i, self.rows - 1) for i in range(p.rows_at_once)]
+            places = [f.offset(f.offset(self.a_rows[row], a_offset), step * p.a_bytes) for row in rows]
+            a_parts = p.load_a(f, lanes, *places)
+            for b_part in b_parts:
+                sum = sums[len(result)]
+                for x, y in zip(a_parts, b_part, strict=True):
+                    sum = p.multiply_add(f, lanes, sum, x, y)
                 result.append(sum)
         return result
 
-    def _write(self, sums: list[str]) -> None:
+    def _row_corrections(self, product: DotProduct) -> list[str]:
+        """-128 times the sum of each row of A, in every accumulator of the row: its products with ones are added up."""
+        f, lanes, width = self.f, self.lanes, self.lanes * 4
+        ones = "splat (i8 1)"
+
+        def whole(values: list[str]) -> list[str]:
+            offset, *sums = values
+            loaded = [f.load(product.operand, f.offset(row, offset), 1) for row in self.a_rows]
+            added = [product.multiply_add(f, lanes, sum, a, ones) for sum, a in zip(sums, loaded, strict=True)]
+            return [f.let(f"add i64 {offset}, {width}"), *added]
+
+        def group(values: list[str]) -> list[str]:
+            offset, *sums = values
+            added = []
+            for sum, row in zip(sums, self.a_rows, strict=True):
+                word = f.load("i32", f.offset(row, offset), 1)
+                lane = f.let(f"insertelement <{lanes} x i32> zeroinitializer, i32 {word}, i64 0")
+                a = f.let(f"bitcast <{lanes} x i32> {lane} to {product.operand}")
+                added.append(product.multiply_add(f, lanes, sum, a, ones))
+            return [f.let(f"add i64 {offset}, {product.group}"), *added]
+
+        types = ["i64", *[self.type] * self.rows]
+        values = ["0", *["zeroinitializer"] * self.rows]
+        values = f.loop(f.let(f"sdiv i64 %depth, {width}"), list(zip(types, values, strict=True)), whole)
+        rest = f.let(f"sdiv i64 {f.let(f'srem i64 %depth, {width}')}, {product.group}")
+        _, *sums = f.loop(rest, list(zip(types, values, strict=True)), group)
+        result: list[str] = []
+        for sum in sums:
+            total = f.call("i32", f"llvm.vector.reduce.add.v{lanes}i32", (self.type, sum))
+            spread = f.splat(lanes, "i32", f.let(f"mul i32 {total}, -128"))
+            result += [spread] * (self.columns // lanes)
+        return result
+
+    def _scaled_groups(self, product: NibbleProduct) -> list[str]:
+        """Accumulators with the sum over each group of k multiplied by its scales."""
+        f, lanes = self.f, self.lanes
+        vectors = self.columns // lanes
+
+        def group(values: list[str]) -> list[str]:
+            a_offset, b, scales, *totals = values
+            sums, a_offset, b = self._accumulate(str(product.scale_group // product.group), a_offset, b)
+            factors = [f.load(self.type, f.offset(scales, vector * lanes * 4), 4) for vector in range(vectors)]
+            totals = [
+                f.call(self.type, f"llvm.fmuladd.v{lanes}f32", *((self.type, x) for x in (sum, scale, total)))
+                for sum, scale, total in zip(sums, factors * self.rows, totals, strict=True)
+            ]
+            return [a_offset, b, f.offset(scales, self.columns * 4), *totals]
+
+        start = [("i64", "0"), ("ptr", "%b"), ("ptr", "%scales")]
+        start += [(self.type, "zeroinitializer")] * self.accumulators
+        _, _, _, *totals = f.loop(f.let(f"sdiv exact i64 %depth, {product.scale_group}"), start, group)
+        return totals
+
+    def _by_row(self, sums: list[str]) -> list[str]:
+        """The results as ``rows`` x ``vectors`` registers, row after row."""
+        if self.product.rows_at_once == 1:
+            return sums
+        # Each pair of 2 x 2 accumulators holds four columns of two rows.
+        across = self.columns // self.span
+        result: list[str] = []
+        for row in range(self.rows):
+            lanes = ("i32 0, i32 1, i32 4, i32 5", "i32 2, i32 3, i32 6, i32 7")[row % 2]
+            block = sums[row // 2 * across : (row // 2 + 1) * across]
+            result += [
+                self.f.let(f"shufflevector {self.type} {x}, {self.type} {y}, <4 x i32> <{lanes}>")
+                for x, y in zip(block[::2], block[1::2], strict=True)
+            ]
+        return result
+
+    def _write(self, results: list[str]) -> None:
+        """Store or add the results, and return."""
         f = self.f
         stride = f.let("mul i64 %ldc, 4")
         rows = ["%c", *(f.offset("%c", f.let(f"mul i64 {stride}, {row}")) for row in range(1, self.rows))]
-        places = [f.offset(row, vector * self.lanes * 4) for row in rows for vector in range(self.vectors)]
+        places = [f.offset(row, column * 4) for row in rows for column in range(0, self.columns, self.lanes)]
         add, overwrite = f.fresh_labels("add", "overwrite")
         f.do(f"br i1 {f.let('icmp ne i32 %accumulate, 0')}, label %{add}, label %{overwrite}")
         f.start_block(add)
-        operation = "fadd" if self.product.c_dtype == "f32" else "add"
-        for place, value in zip(places, sums, strict=True):
-            f.store(self.type, f.let(f"{operation} {self.type} {value}, {f.load(self.type, place, 4)}"), place, 4)
+        for place, value in zip(places, results, strict=True):
+            sum = f.let(f"{self.add} {self.type} {value}, {f.load(self.type, place, 4)}")
+            f.store(self.type, sum, place, 4)
         f.do("ret i32 0")
         f.start_block(overwrite)
-        for place, value in zip(places, sums, strict=True):
+        for place, value in zip(places, results, strict=True):
             f.store(self.type, value, place, 4)
         f.do("ret i32 0")
