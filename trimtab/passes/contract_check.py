@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from trimtab.errors import CalibrationError, ContractError, TrimtabError, UsageError
 from trimtab.ir.core import Module
 from trimtab.passes.base import Context
-from trimtab.passes.contracts import Contract, Drift, Exact, Lossy, contract_text
+from trimtab.passes.contracts import Close, Contract, Drift, Exact, Lossy, contract_text
 from trimtab.passes.determinism import is_deterministic
-from trimtab.passes.evaluation import evaluate, output_drifts, suits
+from trimtab.passes.evaluation import evaluate, output_drifts, sensitivities, suits
 from trimtab.passes.observers import Observer, Step, counted
 from trimtab.passes.report import OptimizeReport
 from trimtab.passes.samples import Sample, count_macs, generate_samples, sizes_of
@@ -125,13 +125,20 @@ class ContractCheck(Observer):
                 after = self._evaluated.outputs(steps[-1].after, sample, precision)
                 if isinstance(after, TrimtabError):
                     raise _breach(steps, sample, f"the module can no longer be evaluated: {after.what}", after)
-                for drift in output_drifts(steps[0].before.main.output_names, before, after, sample, precision):
-                    if not contract.holds(drift):
+                names = steps[0].before.main.output_names
+                for index, drift in enumerate(output_drifts(names, before, after, sample, precision)):
+                    if not (contract.holds(drift) or self._amplified(steps[0].before, contract, sample, index, drift)):
                         raise _breach(steps, sample, f"drift is {drift} at {drift.where}")
                     worst = max(worst or drift, drift, key=lambda d: (d.relative, d.absolute, d.differing))
         for step in steps:
             step.row.drift = worst
             step.row.notes += [] if worst is not None else list(unusable)
+
+    def _amplified(self, module: Module, contract: Contract, sample: Sample, output: int, drift: Drift) -> bool:
+        """Whether a contract whose bound grows with the module's sensitivity, which takes evaluations, holds by it."""
+        if not isinstance(contract, Close) or not contract.unit or output >= len(module.main.outputs):
+            return False
+        return contract.holds(drift, self._evaluated.sensitivities(module, sample, contract.unit)[output])
 
     def _samples_for(self, contract: Contract) -> list[Sample]:
         believed_above = self._mac_limit if isinstance(contract, Exact) else math.inf
@@ -154,6 +161,14 @@ class _Evaluations:
                 known[key] = error
         outputs: tuple[torch.Tensor, ...] | TrimtabError = known[key]
         return outputs
+
+    def sensitivities(self, module: Module, sample: Sample, unit: float) -> list[float]:
+        known = self._known(module)
+        key = (sample.name, unit)
+        if key not in known:
+            known[key] = sensitivities(module, sample, unit)
+        found: list[float] = known[key]
+        return found
 
     def metric(self, module: Module, ctx: Context) -> float:
         known = self._known(module)

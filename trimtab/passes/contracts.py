@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from trimtab.errors import UsageError
 
@@ -26,7 +26,8 @@ class Drift:
         scale: largest finite ``|before|`` in the same output.
         differing: how many elements are not the same bit for bit (two NaNs count as the same).
         where: the sample, output and precision of the worst element, in words.
-        resolution: relative distance of neighbouring numbers in the type that the outputs were computed in.
+        resolution: relative distance of neighbouring numbers in the type that the outputs were computed in; 0 for
+            integers and truth values.
     """
 
     absolute: float = 0.0
@@ -83,20 +84,34 @@ class Close:
     The bound is relative to the largest element of the output, because an element near zero is the difference of
     large ones and no rewrite of a sum keeps its digits.  Where the type of the output is so coarse that 8 of its steps
     are more than ``rtol``, as half types are, these count instead.
+
+    With ``unit`` the pass rounds values inside of the module to this relative precision, and how far that moves an
+    output depends on the module.  So the bound grows with what the module makes of its own rounding: it is at least
+    ``AMPLIFICATION`` times as far as the outputs of the module before the pass move when its inputs and weights are
+    changed by up to ``unit``, relatively and at random.  Integers and truth values, which comparisons of rounded
+    values decide, are then reported and not bounded.
     """
 
     rtol: float = 1e-5
     atol: float = 1e-8
+    unit: float = 0.0
+
+    AMPLIFICATION: ClassVar[float] = 16.0
 
     @property
     def precisions(self) -> tuple[str, ...]:
         return ("float64", "")
 
-    def holds(self, drift: Drift) -> bool:
-        return drift.absolute <= self.atol + max(self.rtol, 8 * drift.resolution) * drift.scale
+    def holds(self, drift: Drift, sensitivity: float = 0.0) -> bool:
+        """Whether ``drift`` is allowed for an output that moves by ``sensitivity`` when all is changed by ``unit``."""
+        if self.unit and drift.differing and not drift.resolution:
+            return True
+        bound = self.atol + max(self.rtol, 8 * drift.resolution) * drift.scale
+        return drift.absolute <= max(bound, self.AMPLIFICATION * sensitivity)
 
     def __str__(self) -> str:
-        return f"close (rtol={self.rtol:g}, atol={self.atol:g})"
+        growing = f", or {self.AMPLIFICATION:g} times the effect of {self.unit:.2g}" if self.unit else ""
+        return f"close (rtol={self.rtol:g}, atol={self.atol:g}{growing})"
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,8 @@ def contract_text(contract: Contract) -> str:
     match contract:
         case Exact(rounding=rounding):
             return "rounding" if rounding else "exact"
+        case Close(unit=unit) if unit:
+            return "lossy"  # the bound depends on the module, which a tolerance cannot say
         case Close(rtol=rtol, atol=0.0):
             return f"rtol={rtol!r}"
         case Close(rtol=rtol, atol=atol):

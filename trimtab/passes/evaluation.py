@@ -29,6 +29,33 @@ def evaluate(module: Module, sample: Sample, precision: str = "") -> tuple[torch
         return interpret(module, sample.inputs, precision=wide, row_major=True)
 
 
+def sensitivities(module: Module, sample: Sample, unit: float, trials: int = 3) -> list[float]:
+    """How far each output of ``module`` moves, in float64, when inputs and weights change by up to ``unit`` of
+    themselves at random: the largest element of several trials."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def changed(data: torch.Tensor) -> torch.Tensor:
+        if not data.dtype.is_floating_point:
+            return data
+        wide = data.double()
+        return wide * (1 + unit * (2 * torch.rand(wide.shape, generator=generator, dtype=wide.dtype) - 1))
+
+    def run(inputs: Sequence[torch.Tensor], weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return interpret(module, inputs, precision=torch.float64, weights=weights)
+
+    with _threads_for(sample):
+        still = run(sample.inputs, {})
+        largest = [0.0] * len(still)
+        for _ in range(trials):
+            inputs = [changed(tensor).to(tensor.dtype) for tensor in sample.inputs]
+            weights = {id: changed(weight.tensor()) for id, weight in module.weights.items()}
+            drifts = map(measure, still, run(inputs, weights))
+            largest = [max(far, drift.absolute) for far, drift in zip(largest, drifts, strict=True)]
+    return largest
+
+
 def suits(contract: Contract, sample: Sample) -> bool:
     """Whether ``contract`` can be checked on ``sample``: infinities and NaN can only be compared bit for bit."""
     return not sample.special or (isinstance(contract, Exact) and not contract.rounding)

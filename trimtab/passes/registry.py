@@ -23,6 +23,7 @@ from trimtab.passes.options import did_you_mean
 ENTRY_POINT_GROUP = "trimtab.passes"
 
 _OWN: Mapping[str, str] = {
+    "cast-precision": "trimtab.passes.cast_precision:CastPrecision",
     "cse": "trimtab.passes.cse:Cse",
     "dce": "trimtab.passes.dce:Dce",
     "dedup-weights": "trimtab.passes.dedup_weights:DedupWeights",
