@@ -26,15 +26,21 @@ from trimtab.errors import BackendError
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
            "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE"]  # fmt: skip
 
+UNROLL = 4
+"""Steps in an iteration of the loop over the depth."""
+
 
 @dataclass(frozen=True)
 class MicroKernel:
     """``C = A B`` or ``C += A B`` for one register tile, as LLVM IR text.
 
-    The function is ``i32 name(ptr A, i64 lda, ptr B, ptr C, i64 ldc, i64 depth, i32 accumulate)`` and returns 0. A is
+    The function is ``i32 name(ptr A, i64 lda, ptr B, ptr C, i64 ldc, i64 depth, i32 accumulate, ptr next)`` and returns
+    0. A is
     row-major [rows, depth] of ``a_dtype``, ``lda`` elements from row to row, unaligned. B is a packed panel
     [depth / group, columns, group] of ``b_dtype``, 64-byte aligned. C is row-major [rows, columns] of ``c_dtype``,
-    ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it.
+    ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it. ``next`` is what the caller
+    will read soon, such as the next panel: while it computes, the kernel asks for one line of 64 bytes from there for
+    every ``prefetch_depth`` of the depth. It need not be a valid address.
 
     With ``b_dtype`` ``i4`` the panel has bytes [depth / 2, columns], the even k in the low half, and the function has
     one more parameter, ``ptr scales``: f32 [depth / 32, columns], 4-byte aligned, one factor per column and 32 k.
@@ -52,6 +58,7 @@ class MicroKernel:
         b_dtype: ``f32``, ``f16``, ``bf16``, ``s8`` or ``i4``.
         c_dtype: ``f32`` or ``i32``.
         depth_step: the depth must be a multiple of this.
+        prefetch_depth: depth per line that is prefetched; 0 when none is.
         setup: symbol of an ``i32 ()`` function to call in each thread before a run of tiles of this shape; it returns
             0, or a negative error number of the system. Empty when nothing is to be set up.
         teardown: the same for the end of the run.
@@ -67,6 +74,7 @@ class MicroKernel:
     b_dtype: str
     c_dtype: str
     depth_step: int
+    prefetch_depth: int = 0
     setup: str = ""
     teardown: str = ""
 
@@ -92,8 +100,10 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
     name = f"trimtab_{isa.name}_{kind.replace('*', '_')}_{rows}x{columns}"
     features = tuple(dict.fromkeys((*isa.features, *product.features)))
     parameters = "ptr noalias %a, i64 %lda, ptr noalias %b, ptr noalias %c, i64 %ldc, i64 %depth, i32 %accumulate"
+    parameters += ", ptr %next"
     globals: list[str] = []
     setup = teardown = ""
+    prefetch_depth = 0
     functions: list[tuple[str, Writer]] = []
     if isinstance(product, amx.TileProduct):
         body = Writer()
@@ -104,13 +114,15 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
         amx.teardown_text(release)
         functions += [(f"i32 @{setup}()", prepare), (f"i32 @{teardown}()", release)]
     else:
-        body = VectorKernel(product, isa.lanes, rows, columns // isa.lanes, 1, 1).generate()
-        if isinstance(product, NibbleProduct):
+        body = VectorKernel(product, isa.lanes, rows, columns // isa.lanes, 1, UNROLL).generate()
+        if not isinstance(product, NibbleProduct):
+            prefetch_depth = UNROLL * product.group
+        else:
             parameters += ", ptr noalias %scales"
     functions.append((f"i32 @{name}({parameters})", body))
     text = _module(isa, features, functions, globals)
     return MicroKernel(name, text, features, rows, columns, product.group, product.a_dtype, product.b_dtype,
-                       product.c_dtype, product.depth_step, setup, teardown)  # fmt: skip
+                       product.c_dtype, product.depth_step, prefetch_depth, setup, teardown)  # fmt: skip
 
 
 def _module(

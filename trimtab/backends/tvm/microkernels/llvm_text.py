@@ -59,6 +59,10 @@ class Writer:
     def store(self, type: str, value: str, pointer: str, align: int) -> None:
         self.do(f"store {type} {value}, ptr {pointer}, align {align}")
 
+    def prefetch(self, pointer: str) -> None:
+        """Ask for the line at ``pointer``, which need not be valid, to be brought to the second-level cache."""
+        self.call("void", "llvm.prefetch.p0", ("ptr", pointer), ("i32", "0"), ("i32", "2"), ("i32", "1"))
+
     def splat(self, lanes: int, type: str, value: str) -> str:
         """A vector with ``value`` in every lane."""
         one = self.let(f"insertelement <{lanes} x {type}> poison, {type} {value}, i64 0")

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
 from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleProduct, Product
 
+LINE_BYTES = 64
+
 
 class VectorKernel:
     """Generates the body of one kernel of ``rows`` by ``vectors`` registers of results.
 
-    Its parameters are ``%a %lda %b %c %ldc %depth %accumulate`` and, for 4-bit weights, ``%scales``.
+    Its parameters are ``%a %lda %b %c %ldc %depth %accumulate %next`` and, for 4-bit weights, ``%scales``.
 
     Args:
         lanes: 32-bit lanes of a register.
         sets: copies of the accumulators, which take turns along the depth and are added in the end. More than one keeps
             the multiply-add units busy when a tile is small.
-        unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``.
+        unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``. An iteration of more than one
+            asks for a line of ``%next``.
     """
 
     def __init__(self, product: Product, lanes: int, rows: int, vectors: int, sets: int = 1, unroll: int = 1) -> None:
@@ -54,17 +57,20 @@ class VectorKernel:
         """
         f, size = self.f, self.accumulators
         zeros = ["zeroinitializer"] * size
-        values = [a_offset, b, *(first or zeros), *zeros * (self.sets - 1)]
-        types = ["i64", "ptr", *[self.type] * (size * self.sets)]
+        values = [a_offset, b, "%next", *(first or zeros), *zeros * (self.sets - 1)]
+        types = ["i64", "ptr", "ptr", *[self.type] * (size * self.sets)]
 
         def iteration(count: int) -> Callable[[list[str]], list[str]]:
             def body(values: list[str]) -> list[str]:
-                a_offset, b, *sums = values
+                a_offset, b, wanted, *sums = values
+                if count > 1:
+                    f.prefetch(wanted)
+                    wanted = f.offset(wanted, LINE_BYTES)
                 for step in range(count):
                     place = step % self.sets * size
                     sums[place : place + size] = self._step(a_offset, b, step, sums[place : place + size])
                 a_next = f.let(f"add i64 {a_offset}, {count * self.product.a_bytes}")
-                return [a_next, f.offset(b, count * self.columns * self.product.b_bytes), *sums]
+                return [a_next, f.offset(b, count * self.columns * self.product.b_bytes), wanted, *sums]
 
             return body
 
@@ -72,7 +78,7 @@ class VectorKernel:
             values = f.loop(f.let(f"sdiv i64 {steps}, {self.unroll}"), list(zip(types, values, strict=True)),
                             iteration(self.unroll))  # fmt: skip
             steps = f.let(f"srem i64 {steps}, {self.unroll}")
-        a_offset, b, *sums = f.loop(steps, list(zip(types, values, strict=True)), iteration(1))
+        a_offset, b, _, *sums = f.loop(steps, list(zip(types, values, strict=True)), iteration(1))
         while len(sums) > size:
             half = len(sums) // 2
             sums = [f.let(f"{self.add} {self.type} {x}, {y}") for x, y in zip(sums[:half], sums[half:], strict=True)]
