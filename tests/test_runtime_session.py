@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,9 @@ import runtime_fixture as fixture
 import torch
 from hypothesis import given
 
+from trimtab.cores import usable_cores, usable_processors
 from trimtab.errors import ArtifactError, InputError, InternalError, MissingDependencyError, UsageError
-from trimtab.runtime import Outputs, Session, TensorSpec, native_code, threads
+from trimtab.runtime import Outputs, Session, TensorSpec, native_code
 from trimtab.runtime.cpu import host_features
 from trimtab.runtime.manifest import CodeVariant, Manifest, SymbolRange, WeightEntry
 from trimtab.runtime.session import load
@@ -366,36 +366,17 @@ def test_a_closed_session_says_so(path: Path) -> None:
 
 def test_thread_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TVM_NUM_THREADS", raising=False)
-    cores = threads.usable_cores()
+    cores = usable_cores()
     assert load(path).threads == cores
     for count in range(1, cores + 1):
         session = load(path, threads=count)
         assert session.threads == count
         check(session(X, SCALE), X, SCALE)
+    processors = len(usable_processors())
     with pytest.warns(RuntimeWarning, match="lowered"):
-        assert load(path, threads=cores + 1).threads == cores
+        assert load(path, threads=processors + 1).threads == processors
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
     assert load(path).threads == 1
-
-
-def test_one_session_in_many_threads(path: Path) -> None:
-    session = load(path, threads=1)
-    failures: list[BaseException] = []
-
-    def work(seed: int) -> None:
-        try:
-            for step in range(30):
-                x, scale = fixture.random_inputs(1 + (seed * step) % 20, seed)
-                check(session(x, scale), x, scale)
-        except BaseException as error:
-            failures.append(error)
-
-    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert failures == []
 
 
 def test_affinity_of_the_caller_is_left_alone(session: Session) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab import __version__
+from trimtab.cores import check_thread_count
 from trimtab.errors import ArtifactError, InternalError, UsageError
 from trimtab.runtime.container import ArtifactWriter
 from trimtab.runtime.manifest import (
@@ -86,7 +87,8 @@ def compile(
         target: ``native`` for this machine, or a name such as ``x86-64-v3``; None means the portable baseline of this
             machine's architecture.
         backend: the code generator.
-        threads: threads to plan for; None means all cores this process may use.
+        threads: threads to plan for, and what sessions of the file then use by default; None plans for the cores this
+            process may use (:func:`trimtab.cores.usable_cores`), and sessions use those of the machine they run on.
         pipeline: passes to run first; None or an empty text for none but those that the backend itself asks for.
         include_runtime: carry the backend's runtime library in the file (3.4 MB for tvm), so that the device needs
             numpy and ``apache-tvm-ffi`` only.
@@ -103,6 +105,7 @@ def compile(
     """
     from trimtab.passes.optimize import optimize
 
+    check_thread_count(threads)
     stages = _Stages(progress)
     generator = find_backend(backend)
     report: Any = None
@@ -119,7 +122,7 @@ def compile(
         code = generator.build(module, target or "", threads)
     with stages("compute expected outputs", 0.9):
         samples = tuple(_samples(module))
-    return Artifact(module, code, samples, passes, report, name, include_runtime, stages.seconds)
+    return Artifact(module, code, samples, passes, report, name, include_runtime, threads, stages.seconds)
 
 
 def _without_groups(module: Module) -> Module:
@@ -155,6 +158,7 @@ class Artifact:
         report: their report, plain data.
         name: what the model is called.
         include_runtime: whether the file carries the runtime library.
+        threads: what sessions use by default; None for the cores of their machine.
         seconds: time per stage of compilation.
     """
 
@@ -165,6 +169,7 @@ class Artifact:
     report: Any = None
     name: str = ""
     include_runtime: bool = True
+    threads: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -207,6 +212,7 @@ class Artifact:
             pipeline=self.pipeline,
             report=self.report,
             memory=dict(code.memory),
+            threads=self.threads,
             tolerance=TOLERANCE,
         )
 

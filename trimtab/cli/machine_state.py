@@ -52,8 +52,8 @@ def processor_facts() -> dict[str, Any]:
     """Model, architecture, instruction-set level, features and cores of this machine."""
     import os
 
+    from trimtab.cores import usable_cores
     from trimtab.runtime.cpu import host_architecture, host_features, host_level, host_system
-    from trimtab.runtime.threads import usable_cores
 
     features = host_features()
     return {

@@ -146,6 +146,7 @@ class Manifest:
         pipeline: text of the pass pipeline that made the module.
         report: per-pass report, free JSON.
         memory: numbers of the memory plan, free JSON.
+        threads: threads the code was planned for, which a session uses where there are as many cores; None if any.
         tolerance: for ``check.npz``; None if the file carries none.
         entries: filled in by the writer; every entry but ``manifest.json`` itself.
         schema: version of this description.
@@ -161,6 +162,7 @@ class Manifest:
     pipeline: str = ""
     report: Any = None
     memory: Any = None
+    threads: int | None = None
     tolerance: Tolerance | None = None
     entries: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -225,6 +227,8 @@ def check_manifest(manifest: Manifest) -> None:
             raise _wrong(f"unknown dtype (known are {known})", tensor=tensor.name, dtype=tensor.dtype)
         if any(isinstance(size, int) and size < 0 for size in tensor.shape):
             raise _wrong("a size is negative", tensor=tensor.name, shape=list(tensor.shape))
+    if manifest.threads is not None and manifest.threads < 1:
+        raise _wrong("the number of threads is less than one", threads=manifest.threads)
     _check_symbols(manifest)
     weights = {weight.name for weight in manifest.weights}
     for variant in manifest.variants:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.cores import check_thread_count
 from trimtab.errors import InternalError, UsageError
 from trimtab.runtime.container import ArtifactReader, Verify
 from trimtab.runtime.manifest import Manifest, TensorSpec
@@ -32,7 +33,8 @@ def load(
 
     Args:
         path: a ``.trim`` file.
-        threads: threads to compute with, the caller's included; by default every core this process may use.
+        threads: threads to compute with, the caller's included; by default what the artifact was compiled for, and
+            without that every core this process may use (:func:`trimtab.cores.usable_cores`).
         verify: ``"full"`` compares the SHA-256 of every entry; ``"code"`` leaves out weights and sample data, for files
             of many gigabytes from a source you trust.
         prefer_carried: use the runtime library carried in the file even where a ``tvm`` package is installed.
@@ -42,8 +44,9 @@ def load(
         ArtifactError: the file is damaged or truncated, has an unknown schema, or does not fit this machine.
         MissingDependencyError: ``apache-tvm-ffi`` (or a runtime library the file leaves out) is not installed.
     """
-    count = resolve_thread_count(threads)
+    check_thread_count(threads)
     reader = ArtifactReader(path, verify=verify)
+    count = resolve_thread_count(threads, reader.manifest.threads)
     variant = select_variant(reader.manifest.variants, reader.path)
     executable = load_executable(reader, variant, prefer_carried=prefer_carried)
     return Session(reader, executable, variant.weights, count)

@@ -1,7 +1,8 @@
 """How many threads compiled code runs on.
 
 TVM keeps one pool of worker threads for each thread that calls compiled code.  A pool cannot grow after its first use,
-so it is created with one worker for every core the process may use, and each call takes as many as its session wants.
+so it is created with one worker for every processor the process may run on, and each call takes as many as its session
+wants; the others sleep.
 Workers are not bound to cores: binding would also bind the caller's own thread, for good.  A forked child inherits
 pools whose workers do not exist in it; there, compiled code runs in a thread of its own, which gets a new pool.
 """
@@ -15,44 +16,35 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from trimtab.errors import UsageError
+from trimtab.cores import check_thread_count, usable_cores, usable_processors
 
 # threading_backend.h, kSpecifyThreadShareAllCore: the one mode in which the number of workers can be given.
 _SHARE_ALL_CORES = -3
 
 
-def usable_cores() -> int:
-    """How many cores this process may use: its affinity mask where there is one, else all of the machine's."""
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
+def resolve_thread_count(threads: int | None, planned: int | None = None) -> int:
+    """The number of threads a session uses.
 
+    None means what the environment variable ``TVM_NUM_THREADS`` says; without it, what the artifact was compiled for,
+    but not more than :func:`~trimtab.cores.usable_cores`; and without that, all of these.  A number given is lowered,
+    with a warning, to the processors this process may run on.
 
-def resolve_thread_count(threads: int | None) -> int:
-    """The number of threads a session uses, at most :func:`usable_cores`.
-
-    None means what the environment variable ``TVM_NUM_THREADS`` says and, without it, all of them.  Warns when it
-    lowers the number.
+    Args:
+        threads: what the caller asked for.
+        planned: what the artifact was compiled for; None if it does not say.
 
     Raises:
         UsageError: ``threads`` is not a positive integer.
     """
-    usable = usable_cores()
+    check_thread_count(threads)
     if threads is None:
         from_environment = os.environ.get("TVM_NUM_THREADS", "")
         if not from_environment.isdecimal():
-            return usable
+            return min(planned or usable_cores(), usable_cores())
         threads = max(1, int(from_environment))
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise UsageError(
-            "bad number of threads",
-            values={"threads": repr(threads)},
-            rule="it must be an integer of at least 1",
-            fix="leave it out to use every core this process may use",
-        )
+    usable = len(usable_processors())
     if threads > usable:
-        message = f"threads={threads} lowered to {usable}: this process may use {usable} core(s)"
+        message = f"threads={threads} lowered to {usable}: this process may run on {usable} processor(s)"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
     return min(threads, usable)
 
@@ -86,8 +78,8 @@ class WorkerPools:
         return function(*arguments)
 
     def _use(self, threads: int) -> None:
-        cores = [str(core) for core in range(max(threads, usable_cores()))]
-        self._configure(_SHARE_ALL_CORES, threads, cores)
+        workers = [str(number) for number in range(max(threads, len(usable_processors())))]
+        self._configure(_SHARE_ALL_CORES, threads, workers)
         self._local.threads = threads
         if self._count() < threads:
             warnings.warn(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
+from trimtab.cores import usable_cores
 from trimtab.errors import UsageError
 
 HOST_LINKERS = ("cc", "gcc", "clang")
@@ -91,10 +92,8 @@ def find_target(name: str = "", threads: int | None = None) -> TargetSpec:
 
 
 def default_threads() -> int:
-    """Physical parallelism to plan for: the processors this process may use, at most 64."""
-    import os
-
-    return max(1, min(64, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """Threads to plan parallel loops for: the cores this process may use, at most 64."""
+    return min(64, usable_cores())
 
 
 def native_target() -> TargetSpec:
