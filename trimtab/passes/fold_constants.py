@@ -44,7 +44,8 @@ class FoldConstants(Pass):
     become weights. A result may have any size if it replaces the weights it is computed from: nothing else reads them,
     and they are at least as large. It is then computed when its data is asked for. Any other result takes storage of
     its own, at most ``limit`` bytes. For all results computed from one weight that stays, this is the limit of their
-    sum, so that shared weights are never duplicated.
+    sum, so that shared weights are never duplicated. A matrix that is widened from another floating type stays as it
+    is stored.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -72,6 +73,8 @@ class FoldConstants(Pass):
     def _as_weight(self, op: Op, module: Module, graph: Graph, copied: Counter[str]) -> Value | None:
         """A new weight with the result of ``op``. ``copied`` counts the bytes computed from each weight that stays."""
         if not op.operands or not all(map(_is_constant, op.operands)) or not _is_static(op) or not is_deterministic(op):
+            return None
+        if isinstance(op, ops.Cast) and _widens_matrix(op):
             return None
         type, size = op.result.type, op.result.type.bytes
         sources = {value.weight: module.weights[value.weight] for value in op.operands if value.is_weight}
@@ -121,6 +124,12 @@ def _is_constant(value: Value) -> bool:
         return True
     maker, size = value.producer, value.type.bytes
     return isinstance(maker, _GENERATORS) and _is_static(maker) and isinstance(size, int) and size <= _EAGER_BYTES
+
+
+def _widens_matrix(op: ops.Cast) -> bool:
+    """Whether a weight is stored in a narrow type on purpose, as cast-precision does; vectors are not worth it."""
+    source = op.x.type
+    return op.x.is_weight and source.rank > 1 and source.dtype.is_floating and source.dtype.bits < op.dtype.bits
 
 
 def _is_static(op: Op) -> bool:

@@ -14,9 +14,11 @@ from typing import Any
 
 from tvm import ir, relax, tirx
 
+from trimtab.backends.base import KernelCall
 from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.kernel_calls import calls_in_order, describe_call
 from trimtab.backends.tvm.kernels import Inner, Kernel, Leaf, Source, build_function, is_one_kernel, lowering
-from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs
+from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs, stored_form
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.registry import Scope, tvm_dtype
 from trimtab.backends.tvm.views import View, view_of
@@ -30,6 +32,10 @@ from trimtab.ir.types import TensorType
 
 ALIGNMENT = 64
 """Bytes to which generated code expects every tensor to be aligned."""
+_PRODUCTS = (
+    ops.Linear, ops.Matmul, ops.Einsum, ops.Conv1d, ops.Conv2d, ops.Conv3d, ops.ConvTranspose1d, ops.ConvTranspose2d,
+)  # fmt: skip
+"""Ops whose rules widen what they read."""
 
 
 @dataclass
@@ -41,12 +47,14 @@ class Emitted:
         weights: ids of the weights in the order of the parameters.
         layouts: how each weight is stored.
         origins: for the name of each TIR function the ops it was made from.
+        calls: the kernel calls of ``main`` in order of execution.
     """
 
     relax: Any
     weights: list[str]
     layouts: dict[str, Layout]
     origins: dict[str, list[Op]] = field(default_factory=dict)
+    calls: tuple[KernelCall, ...] = ()
 
 
 def emit(module: Module, machine: Machine) -> Emitted:
@@ -71,6 +79,7 @@ class _ModuleEmitter:
         self.builder = relax.BlockBuilder()
         self.functions: dict[Any, tuple[Any, list[str]]] = {}
         self.origins: dict[str, list[Op]] = {}
+        self.calls: dict[str, KernelCall] = {}
         self.bodies: dict[Op, _Body] = {}
         self.packed: dict[Value, int] = packed_inputs(module, self.layouts)
 
@@ -81,7 +90,10 @@ class _ModuleEmitter:
             if isinstance(op, ops.Repeat):
                 self._emit_body(op)
         self.emit_function("main", graph, weights)
-        return Emitted(self.builder.get(), weights, self.layouts, self.origins)
+        # Ops whose results are only read through views were emitted too: nobody calls them.
+        relax_module = relax.transform.DeadCodeElimination()(self.builder.get())
+        calls = tuple(calls_in_order(relax_module, self.calls))
+        return Emitted(relax_module, weights, self.layouts, self.origins, calls)
 
     def _emit_body(self, op: Any) -> None:
         """The function of a repeat's body. Nested ones come first, because it calls them."""
@@ -187,8 +199,8 @@ class _GraphEmitter:
             elif isinstance(op, ops.Reshape) and _constant_producer(op.x) is None and 0 not in op.shape:
                 shape = relax.ShapeExpr(self.scope.shape(op.shape))
                 self.values[op.result] = self.owner.builder.emit(relax.op.reshape(self.read(op.x), shape))
-            elif _constant_producer(op.results[0]) is not None:
-                return  # constants are folded into their readers, or made when something needs a tensor
+            elif _constant_producer(op.results[0]) is not None or stored_form(op.results[0]) is not op.results[0]:
+                return  # folded into their readers, or made when something needs a tensor
             elif all(result in self.values for result in op.results):
                 return  # absorbed by the op that reads it
             else:
@@ -216,6 +228,7 @@ class _GraphEmitter:
         types = [_relax_type(type, self.scope) for type in kernel.output_types]
         call = relax.call_tir(function, relax.Tuple([*tensors, *sizes]), types if len(types) > 1 else types[0])
         outcome = self.owner.builder.emit(call)
+        self.owner.calls[outcome.name_hint] = describe_call(function.name_hint, kernel)
         if len(types) == 1:
             self.values[targets[0]] = outcome
         else:
@@ -264,6 +277,9 @@ class _GraphEmitter:
             return Leaf(value.type, constant=constant)
         if 0 in value.type.shape:
             return Leaf(value.type)  # nothing will be read from it
+        if isinstance(op, _PRODUCTS):
+            narrow = stored_form(value)
+            value = self.outside.get(narrow, narrow)
         if value.is_weight:
             layout = self.owner.layouts[value.weight]
             return Leaf(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)

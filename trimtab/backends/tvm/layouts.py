@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.ir import ops
 from trimtab.ir.core import Module, Use, Value
+from trimtab.ir.dtypes import DType
 from trimtab.ir.weights import Weight
 
 if TYPE_CHECKING:
@@ -120,8 +121,21 @@ def _is_linear_weight(use: Use) -> bool:
     return _is_matrix_of_linear(use)
 
 
+def stored_form(value: Value) -> Value:
+    """The weight, or input of a graph, that ``value`` is a wider form of; ``value`` itself when it is no such thing.
+
+    The rules of products widen what they read element by element, so they read the narrow form.
+    """
+    op = value.producer
+    if isinstance(op, ops.Cast) and op.x.type.dtype.is_floating and op.dtype is DType.F32 and op.x.producer is None:
+        return op.x if op.x.type.dtype.bits == 16 else value
+    return value
+
+
 def _is_matrix_of_linear(use: Use) -> bool:
     op = use.user
+    if isinstance(op, ops.Cast) and stored_form(op.result) is not op.result:
+        return bool(op.result.uses) and all(map(_is_matrix_of_linear, op.result.uses))
     if isinstance(op, ops.Fused):
         return all(map(_is_matrix_of_linear, op.body.inputs[use.index].uses))
     return isinstance(op, ops.Linear) and use.index == 1
