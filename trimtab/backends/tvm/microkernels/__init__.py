@@ -20,11 +20,12 @@ from trimtab.backends.tvm.microkernels.isa import (
 )
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
 from trimtab.backends.tvm.microkernels.products import NibbleProduct
+from trimtab.backends.tvm.microkernels.tiles import RegisterTile, accumulator_sets, fits, preferred_tiles
 from trimtab.backends.tvm.microkernels.vector_kernel import VectorKernel
 from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
-           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE"]  # fmt: skip
+           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "RegisterTile", "preferred_tiles"]  # fmt: skip
 
 UNROLL = 4
 """Steps in an iteration of the loop over the depth."""
@@ -35,8 +36,7 @@ class MicroKernel:
     """``C = A B`` or ``C += A B`` for one register tile, as LLVM IR text.
 
     The function is ``i32 name(ptr A, i64 lda, ptr B, ptr C, i64 ldc, i64 depth, i32 accumulate, ptr next)`` and returns
-    0. A is
-    row-major [rows, depth] of ``a_dtype``, ``lda`` elements from row to row, unaligned. B is a packed panel
+    0. A is row-major [rows, depth] of ``a_dtype``, ``lda`` elements from row to row, unaligned. B is a packed panel
     [depth / group, columns, group] of ``b_dtype``, 64-byte aligned. C is row-major [rows, columns] of ``c_dtype``,
     ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it. ``next`` is what the caller
     will read soon, such as the next panel: while it computes, the kernel asks for one line of 64 bytes from there for
@@ -97,6 +97,14 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
             rule="each instruction set multiplies certain kinds of data",
             fix="use one of the known kinds",
         )
+    tile = RegisterTile(rows, columns // isa.lanes)
+    if columns % isa.lanes or rows < 1 or columns < 1 or not fits(isa, kind, tile):
+        raise BackendError(
+            "no micro-kernel for such a tile",
+            values={"instruction set": isa.name, "kind": kind, "rows": rows, "columns": columns},
+            rule=f"columns come in multiples of {isa.lanes}, and what the loop needs must fit {isa.registers} registers",
+            fix="use one of preferred_tiles, or fewer rows or columns",
+        )
     name = f"trimtab_{isa.name}_{kind.replace('*', '_')}_{rows}x{columns}"
     features = tuple(dict.fromkeys((*isa.features, *product.features)))
     parameters = "ptr noalias %a, i64 %lda, ptr noalias %b, ptr noalias %c, i64 %ldc, i64 %depth, i32 %accumulate"
@@ -114,10 +122,10 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
         amx.teardown_text(release)
         functions += [(f"i32 @{setup}()", prepare), (f"i32 @{teardown}()", release)]
     else:
-        body = VectorKernel(product, isa.lanes, rows, columns // isa.lanes, 1, UNROLL).generate()
-        if not isinstance(product, NibbleProduct):
-            prefetch_depth = UNROLL * product.group
-        else:
+        sets = accumulator_sets(isa, kind, tile)
+        body = VectorKernel(product, isa.lanes, rows, tile.vectors, sets, UNROLL).generate()
+        prefetch_depth = UNROLL * product.group
+        if isinstance(product, NibbleProduct):
             parameters += ", ptr noalias %scales"
     functions.append((f"i32 @{name}({parameters})", body))
     text = _module(isa, features, functions, globals)

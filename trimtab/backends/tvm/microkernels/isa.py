@@ -29,7 +29,7 @@ class InstructionSet:
         features: CPU features that all its kernels need, in LLVM's names.
         vector_bytes: width of a vector register.
         registers: number of them.
-        chains: independent accumulators that keep the multiply-add units busy: latency times units.
+        chains: independent accumulators that keep the multiply-add units busy: latency times number of units.
         products: how each kind of data is multiplied.
     """
 
@@ -63,7 +63,8 @@ def _widened() -> Products:
 
 
 def _pmaddwd(intrinsic: str) -> Products:
-    return {f"{a}*s8": PairProduct(a, "s8", "i32", 4, parts=2, temporaries=1, intrinsic=intrinsic)
+    # The accumulators wait for an addition only.
+    return {f"{a}*s8": PairProduct(a, "s8", "i32", 4, parts=2, temporaries=1, chains=4, intrinsic=intrinsic)
             for a in ("u8", "s8")}  # fmt: skip
 
 
@@ -71,14 +72,15 @@ def _vpdpbusd(bits: int, feature: str) -> Products:
     """Integer kinds by vpdpbusd, which multiplies unsigned by signed bytes and adds without saturation."""
     unsigned = DotProduct("u8", "s8", "i32", 4, (feature,), operand=f"<{bits // 8} x i8>",
                           intrinsic=f"llvm.x86.avx512.vpdpbusd.{bits}")  # fmt: skip
-    return {"u8*s8": unsigned, "s8*s8": replace(unsigned, a_dtype="s8", swapped=True, toggles_b=True)}
+    return {"u8*s8": unsigned, "s8*s8": replace(unsigned, a_dtype="s8", swapped=True, toggles_b=True, temporaries=1)}
 
 
 def _dotprod() -> Products:
     """Integer kinds by sdot and udot, which need both operands of one signedness."""
     signed = DotProduct("s8", "s8", "i32", 4, ("dotprod",), operand="<16 x i8>",
                         intrinsic="llvm.aarch64.neon.sdot.v4i32.v16i8")  # fmt: skip
-    unsigned = replace(signed, a_dtype="u8", toggles_b=True, intrinsic="llvm.aarch64.neon.udot.v4i32.v16i8")
+    unsigned = replace(signed, a_dtype="u8", toggles_b=True, temporaries=1,
+                       intrinsic="llvm.aarch64.neon.udot.v4i32.v16i8")  # fmt: skip
     return {"s8*s8": signed, "u8*s8": unsigned}
 
 

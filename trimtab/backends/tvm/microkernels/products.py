@@ -29,6 +29,7 @@ class Product:
         parts: registers for a step's part of a row of A, and of a vector of B.
         temporaries: registers besides those and the accumulators.
         rows_at_once: rows of A in a register, and so of an accumulator, which has ``lanes / rows_at_once`` columns.
+        chains: independent accumulators that keep the units busy, where it is not the number of the instruction set.
     """
 
     a_dtype: str
@@ -39,6 +40,7 @@ class Product:
     parts: int = 1
     temporaries: int = 0
     rows_at_once: int = 1
+    chains: int = 0
 
     @property
     def a_bytes(self) -> int:

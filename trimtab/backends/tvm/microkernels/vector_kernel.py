@@ -41,23 +41,20 @@ class VectorKernel:
             sums = self._scaled_groups(p)
         else:
             first = self._row_corrections(p) if isinstance(p, DotProduct) and p.toggles_b else None
-            sums, *_ = self._accumulate(f.let(f"sdiv exact i64 %depth, {p.group}"), "0", "%b", first)
+            sums, _ = self._accumulate(f.let(f"sdiv exact i64 %depth, {p.group}"), ["0", "%b", "%next"], first)
         self._write(self._by_row(sums))
         return f
 
-    def _accumulate(
-        self, steps: str, a_offset: str, b: str, first: list[str] | None = None
-    ) -> tuple[list[str], str, str]:
-        """Accumulators after ``steps`` steps, and where the steps ended.
+    def _accumulate(self, steps: str, places: list[str], first: list[str] | None = None) -> tuple[list[str], list[str]]:
+        """Accumulators after ``steps`` steps, and the places where the steps ended.
 
         Args:
-            a_offset: bytes from the start of each row of A.
-            b: place in the panel.
+            places: bytes from the start of each row of A, a pointer into the panel, and the next line to prefetch.
             first: what the accumulators start from instead of 0.
         """
         f, size = self.f, self.accumulators
         zeros = ["zeroinitializer"] * size
-        values = [a_offset, b, "%next", *(first or zeros), *zeros * (self.sets - 1)]
+        values = [*places, *(first or zeros), *zeros * (self.sets - 1)]
         types = ["i64", "ptr", "ptr", *[self.type] * (size * self.sets)]
 
         def iteration(count: int) -> Callable[[list[str]], list[str]]:
@@ -78,11 +75,11 @@ class VectorKernel:
             values = f.loop(f.let(f"sdiv i64 {steps}, {self.unroll}"), list(zip(types, values, strict=True)),
                             iteration(self.unroll))  # fmt: skip
             steps = f.let(f"srem i64 {steps}, {self.unroll}")
-        a_offset, b, _, *sums = f.loop(steps, list(zip(types, values, strict=True)), iteration(1))
+        a_offset, b, wanted, *sums = f.loop(steps, list(zip(types, values, strict=True)), iteration(1))
         while len(sums) > size:
             half = len(sums) // 2
             sums = [f.let(f"{self.add} {self.type} {x}, {y}") for x, y in zip(sums[:half], sums[half:], strict=True)]
-        return sums, a_offset, b
+        return sums, [a_offset, b, wanted]
 
     def _step(self, a_offset: str, b: str, step: int, sums: list[str]) -> list[str]:
         """The accumulators after one step, the ``step``-th from the given places."""
@@ -140,18 +137,18 @@ class VectorKernel:
         vectors = self.columns // lanes
 
         def group(values: list[str]) -> list[str]:
-            a_offset, b, scales, *totals = values
-            sums, a_offset, b = self._accumulate(str(product.scale_group // product.group), a_offset, b)
+            places, scales, totals = values[:3], values[3], values[4:]
+            sums, places = self._accumulate(str(product.scale_group // product.group), places)
             factors = [f.load(self.type, f.offset(scales, vector * lanes * 4), 4) for vector in range(vectors)]
             totals = [
                 f.call(self.type, f"llvm.fmuladd.v{lanes}f32", *((self.type, x) for x in (sum, scale, total)))
                 for sum, scale, total in zip(sums, factors * self.rows, totals, strict=True)
             ]
-            return [a_offset, b, f.offset(scales, self.columns * 4), *totals]
+            return [*places, f.offset(scales, self.columns * 4), *totals]
 
-        start = [("i64", "0"), ("ptr", "%b"), ("ptr", "%scales")]
+        start = [("i64", "0"), ("ptr", "%b"), ("ptr", "%next"), ("ptr", "%scales")]
         start += [(self.type, "zeroinitializer")] * self.accumulators
-        _, _, _, *totals = f.loop(f.let(f"sdiv exact i64 %depth, {product.scale_group}"), start, group)
+        _, _, _, _, *totals = f.loop(f.let(f"sdiv exact i64 %depth, {product.scale_group}"), start, group)
         return totals
 
     def _by_row(self, sums: list[str]) -> list[str]:
