@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trimtab.ir.core import Module
+from trimtab.ir.dims import Dim
 from trimtab.ir.dtypes import DType
 
 
@@ -41,6 +42,27 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
+class KernelCall:
+    """One of the kernel calls that a call of the model makes.
+
+    Attributes:
+        name: the kernel's name in the code.
+        ops: the ops it computes, as ``mnemonic at location``.
+        macs: multiply-accumulates (see :meth:`~trimtab.ir.op.Op.macs`).
+        factors: dtype of the numbers that are multiplied; empty without multiply-accumulates.
+        bytes_read: bytes of its operands, weights included; each counts once, however often it is read.
+        bytes_written: bytes of its results.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    macs: Dim = 0
+    factors: str = ""
+    bytes_read: Dim = 0
+    bytes_written: Dim = 0
+
+
+@dataclass(frozen=True)
 class CompiledCode:
     """A module compiled for one target.
 
@@ -54,7 +76,7 @@ class CompiledCode:
         requires: versions of the packages the code was built for.
         memory: bytes of the memory plan, by purpose.
         seconds: time spent, by stage.
-        kernels: for each kernel's name the ops it computes, as ``mnemonic at location``.
+        calls: the kernel calls that a call of the model makes, in order.
         entry: name of the function to call.
     """
 
@@ -67,8 +89,16 @@ class CompiledCode:
     requires: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
-    kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    calls: tuple[KernelCall, ...] = ()
     entry: str = "main"
+
+    @property
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """For each kernel's name the ops that its calls compute."""
+        found: dict[str, tuple[str, ...]] = {}
+        for call in self.calls:
+            found[call.name] = found.get(call.name, ()) + call.ops
+        return found
 
 
 @dataclass(frozen=True)

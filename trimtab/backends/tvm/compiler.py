@@ -77,7 +77,7 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
         requires={name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")},
         memory={"workspace_bytes": _workspace_bytes(lowered), "weight_bytes": sum(w.nbytes for w in weights)},
         seconds=clock.laps,
-        kernels={name: tuple(_describe(op) for op in ops) for name, ops in emitted.origins.items()},
+        calls=emitted.calls,
     )
 
 
@@ -175,10 +175,6 @@ def _workspace_bytes(lowered: Any) -> int:
         relax.analysis.post_order_visit(function, visit)
         total += sum(sizes)
     return total
-
-
-def _describe(op: Any) -> str:
-    return f"{op.name} at {op.location}" if op.location is not None else op.name
 
 
 def _explain(error: Exception, origins: Mapping[str, Sequence[Any]]) -> BackendError:

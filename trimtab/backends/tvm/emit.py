@@ -228,7 +228,7 @@ class _GraphEmitter:
         types = [_relax_type(type, self.scope) for type in kernel.output_types]
         call = relax.call_tir(function, relax.Tuple([*tensors, *sizes]), types if len(types) > 1 else types[0])
         outcome = self.owner.builder.emit(call)
-        self.owner.calls[outcome.name_hint] = describe_call(function.name_hint, kernel)
+        self.owner.calls[outcome.name] = describe_call(function.name_hint, kernel)
         if len(types) == 1:
             self.values[targets[0]] = outcome
         else:

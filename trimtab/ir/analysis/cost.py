@@ -2,18 +2,22 @@
 
 Counts are dimensions: they hold for every value of the symbols and become numbers with ``bind``.  Bytes are those that
 an op by itself reads and writes, as if every value went through memory; only what a ``fused`` op keeps inside does not.
+Of a table from which an op picks rows, the rows count that it picks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from trimtab.ir.analysis.statistics import executions
 from trimtab.ir.core import Module, Value
-from trimtab.ir.dims import Dim, evaluate
+from trimtab.ir.dims import Dim, dim_max, dim_min, evaluate
 from trimtab.ir.op import Op
+from trimtab.ir.ops.indexing import Embedding, Gather, Index, IndexSelect
 from trimtab.ir.ops.region import Fused
+from trimtab.ir.ops.shape import Select, Slice
+from trimtab.ir.types import TensorType
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class OpCost:
         times: how often it runs; the other counts are for all of these runs together.
         macs: multiply-accumulate operations (see :meth:`~trimtab.ir.op.Op.macs`).
         parameters: elements of the weights it reads, each weight counted once.
-        bytes_read: bytes of its operands, weights included; a weight is read again in every run.
+        bytes_read: bytes that it reads of its operands, weights included; a weight is read again in every run.
         bytes_written: bytes of its results.
     """
 
@@ -91,15 +95,14 @@ def module_cost(module: Module) -> ModuleCost:
     for op, times in executions(module.main):
         weights = {value.weight: value.type for value in op.operands if value.is_weight}
         used.update(dict.fromkeys(weights))
-        borders = _memory_borders(op) if op not in kernels else ((), ())
         rows.append(
             OpCost(
                 op,
                 times,
                 macs=op.macs() * times,
                 parameters=sum(int(type.elements) for type in weights.values() if isinstance(type.elements, int)),
-                bytes_read=_total([value.type.bytes for value in borders[0]]) * times,
-                bytes_written=_total([value.type.bytes for value in borders[1]]) * times,
+                bytes_read=_total(_bytes_from_memory(op) if op not in kernels else []) * times,
+                bytes_written=_total(_bytes_to_memory(op) if op not in kernels else []) * times,
             )
         )
     used.update(dict.fromkeys(value.weight for value in module.main.outputs if value.is_weight))
@@ -112,11 +115,39 @@ def module_cost(module: Module) -> ModuleCost:
     )
 
 
-def _memory_borders(op: Op) -> tuple[Sequence[Value], Sequence[Value]]:
-    """What ``op`` reads from memory and writes to it."""
+def bytes_read(op: Op, field: int, type: TensorType) -> Dim:
+    """Bytes that ``op`` reads of its declared operand number ``field``, which is stored as ``type``.
+
+    Ops that pick elements of their first operand read no more of it than they give.
+    """
+    if field == 0 and isinstance(op, _PICKING):
+        return dim_min(type.bytes, type.with_shape(*op.results[0].type.shape).bytes)
+    return type.bytes
+
+
+_PICKING = (Embedding, Gather, Index, IndexSelect, Select, Slice)
+
+
+def _bytes_from_memory(op: Op) -> list[Dim]:
+    """Bytes of each value that ``op`` reads from memory."""
     if isinstance(op, Fused):
-        return (*op.operands, *op.body.weights), op.results
-    return ((), ()) if op.regions else (op.operands, op.results)
+        inside = {value: _most_read(value, op.body.ops) for value in (*op.body.inputs, *op.body.weights)}
+        return list(inside.values())
+    return [] if op.regions else [_most_read(value, [op]) for value in dict.fromkeys(op.operands)]
+
+
+def _most_read(value: Value, readers: Iterable[Op]) -> Dim:
+    """Bytes of ``value`` that some of ``readers`` read."""
+    counts: list[Dim] = []
+    for op in readers:
+        for number, (_, held) in enumerate(op.arguments()):
+            if held is value or (isinstance(held, tuple) and value in held):
+                counts.append(bytes_read(op, number, value.type))
+    return dim_max(*counts) if counts else 0
+
+
+def _bytes_to_memory(op: Op) -> list[Dim]:
+    return [] if op.regions and not isinstance(op, Fused) else [value.type.bytes for value in op.results]
 
 
 def _total(dims: list[Dim]) -> Dim:
