@@ -46,8 +46,12 @@ BACKENDS = {"tvm": "trimtab.backends.tvm.backend"}
 """Module of each code generator, by name."""
 
 DEFAULT_PIPELINE = "cleanup,fuse"
+PRECISIONS = {"f32": "", "bf16": "cast-precision", "f16-storage": "cast-precision{to=f16-storage}"}
+"""What ``compile`` takes as precision, and the pass that it stands for."""
 # Outputs may differ from the float32 reference by this much: another order of summation, other polynomials.
 TOLERANCE = Tolerance(rtol=1e-4, atol=1e-6)
+# Two computations that round the same values to 16 bits differ by no more than this many times what rounding costs.
+_ROUNDING_MARGIN = 4
 _LIBRARY_ENTRY = "code/model.so"
 # More sample sizes are tried only while one evaluation costs less than this, about a minute on a small machine.
 _SAMPLE_MACS = 1e12
@@ -75,6 +79,7 @@ def compile(
     threads: int | None = None,
     *,
     pipeline: str | None = DEFAULT_PIPELINE,
+    precision: str = "f32",
     include_runtime: bool = True,
     name: str = "",
     progress: Progress | None = None,
@@ -90,6 +95,9 @@ def compile(
         threads: threads to plan for, and what sessions of the file then use by default; None plans for the cores this
             process may use (:func:`trimtab.cores.usable_cores`), and sessions use those of the machine they run on.
         pipeline: passes to run first; None or an empty text for none but those that the backend itself asks for.
+        precision: ``f32`` to compute as the module says; ``bf16`` for matrix products in bfloat16, whose sums and all
+            else stay in float32; ``f16-storage`` for weights of products in float16 and all arithmetic in float32. It
+            stands for the pass ``cast-precision`` at the end of ``pipeline``.
         include_runtime: carry the backend's runtime library in the file (3.4 MB for tvm), so that the device needs
             numpy and ``apache-tvm-ffi`` only.
         name: what the model is called, for people.
@@ -109,7 +117,8 @@ def compile(
     stages = _Stages(progress)
     generator = find_backend(backend)
     report: Any = None
-    passes = _with_passes_of(generator, pipeline or "")
+    pipeline = ",".join(filter(None, (pipeline, _precision_pass(precision))))
+    passes = _with_passes_of(generator, pipeline)
     if pipeline:
         module = _without_groups(module)
     if passes:
@@ -121,8 +130,14 @@ def compile(
     with stages("generate code", 0.25):
         code = generator.build(module, target or "", threads)
     with stages("compute expected outputs", 0.9):
-        samples = tuple(_samples(module))
-    return Artifact(module, code, samples, passes, report, name, include_runtime, threads, stages.seconds)
+        samples, tolerance = _expected(module)
+    return Artifact(module, code, samples, passes, report, name, include_runtime, threads, stages.seconds, tolerance)
+
+
+def _precision_pass(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise UsageError("unknown precision", values={"precision": precision, "known": ", ".join(PRECISIONS)})
+    return PRECISIONS[precision]
 
 
 def _without_groups(module: Module) -> Module:
@@ -160,6 +175,7 @@ class Artifact:
         include_runtime: whether the file carries the runtime library.
         threads: what sessions use by default; None for the cores of their machine.
         seconds: time per stage of compilation.
+        tolerance: how far outputs may be from the samples' in the self-check.
     """
 
     module: Module
@@ -171,6 +187,16 @@ class Artifact:
     include_runtime: bool = True
     threads: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    tolerance: Tolerance = TOLERANCE
+
+    @property
+    def precision(self) -> str:
+        """One of :data:`PRECISIONS`: what the passes that ran made of the module."""
+        from trimtab.passes.cast_precision import CastPrecision
+        from trimtab.passes.pipeline import parse_pipeline
+
+        casts = [pass_.to for pass_ in parse_pipeline(self.pipeline).passes if isinstance(pass_, CastPrecision)]
+        return casts[0] if casts else "f32"
 
     @property
     def manifest(self) -> Manifest:
@@ -213,7 +239,8 @@ class Artifact:
             report=self.report,
             memory=dict(code.memory),
             threads=self.threads,
-            tolerance=TOLERANCE,
+            tolerance=self.tolerance,
+            precision=self.precision,
         )
 
     def save(self, path: str | os.PathLike[str], *, check: bool = True) -> Path:
@@ -301,16 +328,38 @@ def _tensor_spec(name: str, type: Any) -> TensorSpec:
     return TensorSpec(name, str(type.dtype), tuple(dim if isinstance(dim, int) else str(dim) for dim in type.shape))
 
 
-def _samples(module: Module) -> Iterator[Sample]:
-    """Random inputs at one or two bindings of the symbols, with the reference interpreter's outputs."""
+def _expected(module: Module) -> tuple[tuple[Sample, ...], Tolerance]:
+    """Random inputs at one or two bindings of the symbols with the outputs expected for them, and how far off code may
+    be.
+
+    Where ``module`` rounds values to 16 bits, the outputs are those without this rounding (of its weights as they are
+    stored), so that no other program's rounding is taken for the truth.  The tolerance is then the bound of the pass
+    that makes such modules, or a multiple of what rounding moves the reference interpreter's outputs, if that is more.
+    """
     from trimtab.ir import interpret
     from trimtab.passes.base import Context
+    from trimtab.passes.cast_precision import CastPrecision, rounds_values
+    from trimtab.passes.contracts import measure
     from trimtab.passes.samples import generate_samples
 
+    rounds, samples, cost = rounds_values(module), [], 0.0
     for sample in generate_samples(module, Context(), _SAMPLE_MACS):
-        if not sample.special:
-            outputs = interpret(module, sample.inputs)
-            yield Sample(tuple(map(_to_numpy, sample.inputs)), tuple(map(_to_numpy, outputs)))
+        if sample.special:
+            continue
+        outputs = interpret(module, sample.inputs)
+        if rounds:
+            import torch
+
+            wide = interpret(module, sample.inputs, precision=torch.float32)
+            wide = tuple(exact.to(found.dtype) for exact, found in zip(wide, outputs, strict=True))
+            drifts = [measure(exact, found) for exact, found in zip(wide, outputs, strict=True)]
+            cost = max([cost, *(drift.relative for drift in drifts if drift.resolution)])
+            outputs = wide
+        samples.append(Sample(tuple(map(_to_numpy, sample.inputs)), tuple(map(_to_numpy, outputs))))
+    if not rounds:
+        return tuple(samples), TOLERANCE
+    contract = CastPrecision.contract
+    return tuple(samples), Tolerance(max(contract.rtol, _ROUNDING_MARGIN * cost), contract.atol, integers=False)
 
 
 def _to_numpy(tensor: Any) -> Any:
@@ -336,4 +385,4 @@ class _Stages:
         self.seconds[name] = time.perf_counter() - start
 
 
-__all__ = ["BACKENDS", "Artifact", "compile", "find_backend"]
+__all__ = ["BACKENDS", "PRECISIONS", "Artifact", "compile", "find_backend"]

@@ -39,6 +39,13 @@ def compile_command(
     passes: Annotated[
         str | None, typer.Option(metavar="PIPELINE", help='Passes to run first, by default cleanup,fuse; "" for none.')
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="`f32`; `bf16` for matrix products in bfloat16; `f16-storage` for their weights in float16.",
+        ),
+    ] = "f32",
     threads: ThreadsOption = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="Code generator.")] = "tvm",
     runtime_library: Annotated[
@@ -64,7 +71,7 @@ def compile_command(
     from trimtab.compiler import DEFAULT_PIPELINE
 
     pipeline = DEFAULT_PIPELINE if passes is None else passes
-    if report is not None and not pipeline:
+    if report is not None and not pipeline and precision == "f32":
         raise UsageError("there is nothing to report", rule="no passes run", fix="leave out --report, or name --passes")
     seconds: dict[str, float] = {}
     with progress_bar("compile") as update, reporting(report, model) as recorders:
@@ -78,6 +85,7 @@ def compile_command(
             backend=backend,
             threads=threads,
             pipeline=pipeline,
+            precision=precision,
             include_runtime=runtime_library,
             name=model_name(model),
             progress=part(update, 0.15, 0.85),
@@ -111,6 +119,7 @@ def _describe(path: Path, artifact: Artifact, target: str | None, seconds: dict[
         "features": list(variant.features),
         "backend": variant.backend,
         "pipeline": manifest.pipeline,
+        "precision": manifest.precision,
         "inputs": [str(spec) for spec in manifest.inputs],
         "outputs": [str(spec) for spec in manifest.outputs],
         "symbols": [str(symbol) for symbol in manifest.symbols],
@@ -132,6 +141,7 @@ def _print(document: dict[str, Any]) -> None:
     if document["symbols"]:
         to.print(f"  sizes    {', '.join(document['symbols'])}")
     to.print(f"  passes   {document['pipeline'] or 'none'}")
+    to.print(f"  precision {document['precision']}")
     stages = ", ".join(f"{stage} {text_seconds(value)}" for stage, value in document["seconds"].items())
     to.print(f"  time     {stages}")
     if document["report_page"]:

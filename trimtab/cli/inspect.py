@@ -76,6 +76,7 @@ def _inspect_artifact(path: Path, ops: bool, full: bool, sizes: Mapping[str, int
         "weights": len(manifest.weights),
         "weight_bytes": sum(record.array.nbytes for record in reader.weights().values()),
         "pipeline": manifest.pipeline,
+        "precision": manifest.precision,
         "passes_applied": _applied(manifest.report),
         "memory": manifest.memory,
         "variants": [
@@ -154,6 +155,7 @@ def _print(document: Mapping[str, Any]) -> None:
         fact("activations", f"{peak} at most at one time" + (f", at {at}" if at else ""))
     fact("weights", f"{document['weights']} tensors, {text_bytes(document['weight_bytes'])}")
     if document["kind"] == "artifact":
+        fact("precision", document["precision"])
         fact("pipeline", document["pipeline"] or "none")
         fact("applied", ", ".join(dict.fromkeys(document["passes_applied"])) or "no pass changed the module")
         for variant in document["variants"]:

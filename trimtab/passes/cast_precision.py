@@ -16,7 +16,7 @@ from trimtab.ir.printer import print_op, value_in_words
 from trimtab.ir.rewrite import NearMiss
 from trimtab.passes import half_storage
 from trimtab.passes.base import Changed, Context, Pass
-from trimtab.passes.contracts import Close, Contract
+from trimtab.passes.contracts import Close
 
 _CONVOLUTIONS = (ops.Conv1d, ops.Conv2d, ops.Conv3d, ops.ConvTranspose1d, ops.ConvTranspose2d)
 _PRODUCTS = (ops.Linear, ops.Matmul, ops.Einsum, ops.Attention, *_CONVOLUTIONS)
@@ -49,7 +49,7 @@ class CastPrecision(Pass):
 
     name: ClassVar[str] = "cast-precision"
     # 8 units of bfloat16's rounding, 2^-8; for modules that amplify their own rounding see Close.
-    contract: ClassVar[Contract] = Close(rtol=2**-5, atol=1e-6, unit=2**-8)
+    contract: ClassVar[Close] = Close(rtol=2**-5, atol=1e-6, unit=2**-8)
     to: Literal["bf16", "f16-storage"] = "bf16"
     embeddings: bool = False
 
@@ -297,14 +297,22 @@ class _Rewrite:
         for index in range(len(op.carried), len(op.operands)):
             outer, inner = op.operands[index], op.body.inputs[index]
             stored = outer.is_weight and outer.weight in self._stored
-            if inner.type.dtype is DType.F32 and (
-                stored or (self._dtype is DType.BF16 and self._plan.wanted(inner))
-            ):
+            if inner.type.dtype is DType.F32 and (stored or (self._dtype is DType.BF16 and self._plan.wanted(inner))):
                 half = Value(inner.type.with_dtype(self._dtype), index=index, name=inner.name)
                 op.set_operand(index, self._half(graph, outer))
                 op.body.inputs[index] = half
                 inner.replace_all_uses_with(self._widened(op.body, half))
         self.graph(op.body)
+
+
+def rounds_values(module: Module) -> bool:
+    """Whether an op of ``module`` computes a 16-bit floating value, rather than move or widen one that is stored."""
+    return any(
+        value.type.dtype in (DType.BF16, DType.F16)
+        for op in module.walk()
+        if not isinstance(op, (*_MOVES, ops.Repeat, ops.Fused))
+        for value in op.results
+    )
 
 
 def data_of(op: Op) -> tuple[Value, ...]:

@@ -117,10 +117,17 @@ class CodeVariant:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far outputs may be from ``check.npz``: ``max|got - expected| <= atol + rtol * max|expected|`` per tensor."""
+    """How far outputs may be from ``check.npz``: ``max|got - expected| <= atol + rtol * max|expected|`` per tensor.
+
+    Args:
+        rtol: see above.
+        atol: see above.
+        integers: whether integer and boolean outputs have to agree; not where rounded values decide about them.
+    """
 
     rtol: float = 0.0
     atol: float = 0.0
+    integers: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ class Manifest:
         memory: numbers of the memory plan, free JSON.
         threads: threads the code was planned for, which a session uses where there are as many cores; None if any.
         tolerance: for ``check.npz``; None if the file carries none.
+        precision: ``f32``, ``bf16`` or ``f16-storage``, the precision that the module was compiled in.
         entries: filled in by the writer; every entry but ``manifest.json`` itself.
         schema: version of this description.
     """
@@ -164,6 +172,7 @@ class Manifest:
     memory: Any = None
     threads: int | None = None
     tolerance: Tolerance | None = None
+    precision: str = "f32"
     entries: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA
 
