@@ -32,6 +32,27 @@ def test_doctor_reports_packages_processor_and_backends(commands: Commands) -> N
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "bf16", "int8"),
+    [
+        (
+            frozenset({"avx512bf16", "amx-bf16", "avxvnni"}),
+            "bf16 products: amx-bf16, avx512bf16\n",
+            "int8 products: avxvnni\n",
+        ),
+        (frozenset({"avx2"}), "no instruction; operands are widened to float32", "widened to int16 or int32"),
+        (None, "bf16 products: unknown", "int8 products: unknown"),
+    ],
+)
+def test_doctor_says_which_narrow_products_are_native(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, flags: frozenset[str] | None, bf16: str, int8: str
+) -> None:
+    monkeypatch.setattr("trimtab.runtime.cpu.host_features", lambda: flags)
+    out = commands.ok("doctor", "--quick").out
+    assert bf16 in out
+    assert int8 in out
+
+
 def test_doctor_compiles_a_tiny_model(commands: Commands) -> None:
     pytest.importorskip("tvm")
     trial = commands.ok("doctor", "--json").json["trial"]

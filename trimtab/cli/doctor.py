@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +45,19 @@ def doctor_command(
         raise typer.Exit(1)
 
 
+_WITHOUT_INSTRUCTION = {
+    "bf16": "operands are widened to float32 and multiplied there, which is right, saves memory and is no faster",
+    "int8": "operands are widened to int16 or int32 and multiplied there, which is right and slower",
+}
+
+
+def _products(kind: str, features: Sequence[str] | None) -> str:
+    """Which instructions multiply numbers of a narrow kind, or what is done without."""
+    if features is None:
+        return "unknown, because this system does not tell the features of its processor"
+    return ", ".join(features) if features else f"no instruction; {_WITHOUT_INSTRUCTION[kind]}"
+
+
 def _print(document: Mapping[str, Any]) -> None:
     from trimtab.cli.output import console, table, text_seconds
 
@@ -57,6 +70,8 @@ def _print(document: Mapping[str, Any]) -> None:
         f"{processor['model']}: {processor['architecture']}, {level}, "
         f"{processor['usable_cores']} of {processor['cores']} cores usable"
     )
+    for kind, features in processor["products"].items():
+        to.print(f"{kind} products: {_products(kind, features)}")
     to.print(f"linker: {document['linker'] or 'none; install a C compiler, e.g. apt-get install gcc'}")
     packages = table("Packages", ["package", "version", "used for", "to get it"])
     for row in document["packages"]:

@@ -53,7 +53,7 @@ def processor_facts() -> dict[str, Any]:
     import os
 
     from trimtab.cores import usable_cores
-    from trimtab.runtime.cpu import host_architecture, host_features, host_level, host_system
+    from trimtab.runtime.cpu import host_architecture, host_features, host_level, host_system, product_features
 
     features = host_features()
     return {
@@ -62,6 +62,7 @@ def processor_facts() -> dict[str, Any]:
         "system": host_system(),
         "level": host_level(),
         "features": sorted(features) if features is not None else None,
+        "products": product_features(),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
     }

@@ -41,6 +41,12 @@ LEVELS: dict[str, frozenset[str]] = {
     "armv8.2-a": frozenset({"neon", "crc", "lse", "rdm"}),
 }
 
+PRODUCT_FEATURES: dict[str, tuple[str, ...]] = {
+    "bf16": ("amx-bf16", "avx512bf16", "bf16"),
+    "int8": ("amx-int8", "avx512vnni", "avxvnni", "i8mm", "dotprod"),
+}
+"""Features with instructions that multiply and sum narrow numbers in wide accumulators, the fastest first."""
+
 # Where Linux and LLVM call a feature by different names; all others are the same but for '_' written as '-'.
 _X86_NAMES = {
     "pni": "sse3",
@@ -197,6 +203,15 @@ def expand_features(names: Iterable[str]) -> frozenset[str]:
         plain = name.removeprefix("+")
         expanded |= LEVELS.get(plain, {plain})
     return frozenset(expanded)
+
+
+def product_features() -> dict[str, tuple[str, ...] | None]:
+    """For each kind of :data:`PRODUCT_FEATURES` those that this machine has; None where its features are unknown."""
+    present = host_features()
+    return {
+        kind: None if present is None else tuple(name for name in names if name in present)
+        for kind, names in PRODUCT_FEATURES.items()
+    }
 
 
 def host_level() -> str | None:
