@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 # Worker processes of the test suite; each uses one thread (tests/conftest.py).
 WORKERS ?= 2
 
-.PHONY: help setup browser lint types test demo clean
+.PHONY: help setup browser peers lint types test demo clean
 
 help:
 	@echo "make setup   build $(VENV) with everything needed to develop (does nothing when it is up to date)"
 	@echo "make test    setup, then lint, types and the whole test suite"
 	@echo "make browser setup, then a Chromium for the tests of the report page, which are skipped where there is none"
+	@echo "make peers   setup, then the runtimes that benchmarks/cpu_peers.py compares with"
 	@echo "make demo    setup, then train, compile and run a small model"
 	@echo "make lint    ruff;  make types  mypy;  make clean  remove $(VENV), caches and build output"
 
@@ -36,6 +37,10 @@ browser: setup
 	      apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
 	    $(BIN)/playwright install chromium
 	@$(BIN)/python benchmarks/browser.py > /dev/null
+
+# The runtimes that benchmarks/cpu_peers.py compares with, and what draws its chart.
+peers: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[peers]"
 
 lint: setup
 	$(BIN)/ruff check .

