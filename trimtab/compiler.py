@@ -22,11 +22,13 @@ from trimtab import __version__
 from trimtab.cores import check_thread_count
 from trimtab.errors import ArtifactError, InternalError, UsageError
 from trimtab.runtime.container import ArtifactWriter
+from trimtab.runtime.dimension import MAX_TEXT
 from trimtab.runtime.manifest import (
     CHECK_ENTRY,
     MODULE_ENTRY,
     WEIGHTS_ENTRY,
     CodeVariant,
+    KernelCall,
     Manifest,
     SymbolRange,
     TensorSpec,
@@ -214,6 +216,7 @@ class Artifact:
                     features=code.features,
                     runtime=tuple(f"code/{path.name}" for path in self._runtime_libraries),
                     requires=dict(code.requires),
+                    kernels=_kernel_calls(code),
                 ),
             ),
             name=self.name,
@@ -322,6 +325,18 @@ def _check_in_fresh_process(path: Path) -> None:
         rule="outputs must be within the tolerance of the reference, in a fresh process",
         fix="please report this with the model",
     )
+
+
+def _kernel_calls(code: CompiledCode) -> tuple[KernelCall, ...]:
+    """What profiles are told about the code; nothing where a count is no expression that the runtime reads."""
+    calls = []
+    for call in code.calls:
+        counts = (call.macs, call.bytes_read, call.bytes_written)
+        macs, read, written = (count if isinstance(count, int) else str(count) for count in counts)
+        if any(isinstance(count, str) and len(count) > MAX_TEXT for count in (macs, read, written)):
+            return ()
+        calls.append(KernelCall(call.name, call.ops, macs, call.factors, read, written))
+    return tuple(calls)
 
 
 def _tensor_spec(name: str, type: Any) -> TensorSpec:

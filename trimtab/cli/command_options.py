@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -15,7 +15,24 @@ JsonOption: TypeAlias = Annotated[
 ]
 DebugOption: TypeAlias = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
 ThreadsOption: TypeAlias = Annotated[
-    int | None, typer.Option("--threads", min=1, metavar="N", help="Threads to use; all usable cores by default.")
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="Threads to use; the cores this process may use by default."),
+]
+ArtifactArgument: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="FILE.trim", help="A compiled model.", show_default=False)
+]
+InputOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", "-i", metavar="FILE", help="An .npz file with one array per input, or name=file.npy (repeatable)."
+    ),
+]
+RandomOption: TypeAlias = Annotated[
+    int | None, typer.Option("--random", metavar="SEED", help="Run on random inputs instead, made with this seed.")
+]
+SizeOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--size", metavar="NAME=N", help="With random inputs: a dynamic size, such as batch=8 (repeatable)."),
 ]
 ModelArgument: TypeAlias = Annotated[
     str,
@@ -62,6 +79,23 @@ def split_counts(option: str, given: Iterable[str], example: str) -> dict[str, i
             )
         counts[name] = int(value)
     return counts
+
+
+def check_input_options(
+    command: str, input: Sequence[str] | None, random: int | None, size: Sequence[str] | None
+) -> None:
+    """Refuse a command line that does not say what to run on, or says it twice.
+
+    Raises:
+        UsageError: neither or both of ``--input`` and ``--random`` are given, or ``--size`` without the latter.
+    """
+    if (random is None) == (not input):
+        raise UsageError(
+            f"{command} needs inputs" if not input else "--input and --random exclude each other",
+            fix="give --input x.npz, or --random 0",
+        )
+    if size and random is None:
+        raise UsageError("--size belongs to --random", fix="the sizes of --input are those of its arrays")
 
 
 def require_directory(path: Path, option: str) -> None:

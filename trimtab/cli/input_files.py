@@ -1,4 +1,4 @@
-"""Arrays from files for ``run`` and ``optimize``, and random inputs that fit a signature."""
+"""Arrays from files for ``run``, ``bench`` and ``optimize``, and random inputs that fit a signature."""
 
 from __future__ import annotations
 
@@ -7,15 +7,46 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.cli.command_options import split_counts
 from trimtab.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from trimtab.runtime import Manifest, TensorSpec
+    from trimtab.runtime import Manifest, Session, TensorSpec
     from trimtab.runtime.samples import Sample
 
     Array = np.ndarray[Any, Any]
+
+
+def inputs_for(session: Session, given: Sequence[str], seed: int | None, sizes: Sequence[str]) -> dict[str, Array]:
+    """The arrays to call a session with: from the files ``given``, or random ones where there is a ``seed``.
+
+    Args:
+        session: a loaded artifact.
+        given: the values of ``--input``.
+        seed: the value of ``--random``.
+        sizes: the values of ``--size``.
+
+    Raises:
+        UsageError, InputError: as in :func:`read_inputs` and :func:`random_inputs`.
+    """
+    if seed is None:
+        return read_inputs(given, [spec.name for spec in session.signature.inputs])
+    bound = split_counts("--size", sizes, "batch=8")
+    return random_inputs(session.manifest, seed, bound, _carried_sample(session.path))
+
+
+def _carried_sample(path: str) -> Sample | None:
+    from trimtab.runtime.container import ArtifactReader
+    from trimtab.runtime.manifest import CHECK_ENTRY
+    from trimtab.runtime.samples import decode_samples
+
+    reader = ArtifactReader(path, verify="code")
+    if CHECK_ENTRY not in reader:
+        return None
+    samples = decode_samples(reader.view(CHECK_ENTRY), reader.manifest, f"{path}/{CHECK_ENTRY}")
+    return samples[0] if samples else None
 
 
 def read_inputs(given: Iterable[str], names: Sequence[str]) -> dict[str, Array]:

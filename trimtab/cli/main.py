@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
+from trimtab.cli.bench import bench_command
 from trimtab.cli.bisect import bisect_command
 from trimtab.cli.compile import compile_command
 from trimtab.cli.demo import demo_command
@@ -39,6 +40,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "compile": compile_command,
     "run": run_command,
+    "bench": bench_command,
     "inspect": inspect_command,
     "optimize": optimize_command,
     "passes": passes_command,

@@ -10,36 +10,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.cli.command_options import DebugOption, JsonOption, ThreadsOption, require_directory, split_counts
-from trimtab.errors import UsageError
+from trimtab.cli.command_options import (
+    ArtifactArgument,
+    DebugOption,
+    InputOption,
+    JsonOption,
+    RandomOption,
+    SizeOption,
+    ThreadsOption,
+    check_input_options,
+    require_directory,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from trimtab.runtime import Session
-    from trimtab.runtime.samples import Sample
 
     Array = np.ndarray[Any, Any]
 
 
 def run_command(
-    artifact: Annotated[Path, typer.Argument(metavar="FILE.trim", help="A compiled model.", show_default=False)],
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            "-i",
-            metavar="FILE",
-            help="An .npz file with one array per input, or name=file.npy (repeatable).",
-        ),
-    ] = None,
-    random: Annotated[
-        int | None, typer.Option(metavar="SEED", help="Run on random inputs instead, made with this seed.")
-    ] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=N", help="With --random: a dynamic size, such as batch=8 (repeatable)."),
-    ] = None,
+    artifact: ArtifactArgument,
+    input: InputOption = None,
+    random: RandomOption = None,
+    size: SizeOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to this .npz file.")
     ] = None,
@@ -49,28 +44,14 @@ def run_command(
     debug: DebugOption = False,
 ) -> None:
     """Run a compiled model and show its outputs and how long a call takes. Works without torch."""
-    if (random is None) == (not input):
-        raise UsageError(
-            "run needs inputs" if not input else "--input and --random exclude each other",
-            fix="give --input x.npz, or --random 0",
-        )
-    if size and random is None:
-        raise UsageError("--size belongs to --random", fix="the sizes of --input are those of its arrays")
+    check_input_options("run", input, random, size)
     if output is not None:
         require_directory(output, "--output")
+    from trimtab.cli.input_files import inputs_for
     from trimtab.runtime import load
 
     with load(artifact, threads) as session:
-        names = [spec.name for spec in session.signature.inputs]
-        if random is not None:
-            from trimtab.cli.input_files import random_inputs
-
-            sizes = split_counts("--size", size or (), "batch=8")
-            arrays = random_inputs(session.manifest, random, sizes, _carried_sample(artifact))
-        else:
-            from trimtab.cli.input_files import read_inputs
-
-            arrays = read_inputs(input or (), names)
+        arrays = inputs_for(session, input or (), random, size or ())
         outputs, seconds = _measure(session, arrays, repeat)
         document = {
             "artifact": str(artifact),
@@ -92,18 +73,6 @@ def run_command(
         print_json(document)
     else:
         _print(document)
-
-
-def _carried_sample(artifact: Path) -> Sample | None:
-    from trimtab.runtime.container import ArtifactReader
-    from trimtab.runtime.manifest import CHECK_ENTRY
-    from trimtab.runtime.samples import decode_samples
-
-    reader = ArtifactReader(artifact, verify="code")
-    if CHECK_ENTRY not in reader:
-        return None
-    samples = decode_samples(reader.view(CHECK_ENTRY), reader.manifest, f"{artifact}/{CHECK_ENTRY}")
-    return samples[0] if samples else None
 
 
 def _measure(session: Session, arrays: Mapping[str, Array], repeat: int) -> tuple[dict[str, Array], list[float]]:

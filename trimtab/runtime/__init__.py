@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimtab.runtime.container import ArtifactReader, ArtifactWriter
     from trimtab.runtime.manifest import CodeVariant, Manifest, SymbolRange, TensorSpec, Tolerance, WeightEntry
-    from trimtab.runtime.profile import Profile
+    from trimtab.runtime.profile import Profile, Roofs
     from trimtab.runtime.session import Session, load
     from trimtab.runtime.signature import Outputs, Signature
 
@@ -25,6 +25,7 @@ _HOMES = {
     "Tolerance": "manifest",
     "WeightEntry": "manifest",
     "Profile": "profile",
+    "Roofs": "profile",
     "Session": "session",
     "load": "session",
     "Outputs": "signature",
@@ -38,6 +39,7 @@ __all__ = [
     "Manifest",
     "Outputs",
     "Profile",
+    "Roofs",
     "Session",
     "Signature",
     "SymbolRange",

@@ -24,7 +24,9 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mod: operator.mod,
 }
 _FUNCTIONS: dict[str, Callable[..., int]] = {"min": min, "max": max}
-_MAX_TEXT = 200
+MAX_TEXT = 1000
+"""Characters of the longest expression that is read; evaluating one recurses into it."""
+
 
 
 def symbols_of(dimension: Dimension) -> frozenset[str]:
@@ -75,7 +77,7 @@ def _evaluate(node: ast.expr, symbols: Mapping[str, int], text: str) -> int:
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> ast.expr:
-    if len(text) > _MAX_TEXT:
+    if len(text) > MAX_TEXT:
         raise _malformed(text[:40] + "...")
     try:
         body = ast.parse(text.strip(), mode="eval").body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any, TypeVar, Union, cast
@@ -25,7 +26,7 @@ def decode_fields(cls: type[T], value: Any, where: str) -> T:
     """
     if not isinstance(value, dict):
         raise _mismatch(where, "an object", value)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cast(Any, cls))
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(cast(Any, cls)):
         if item.name in value:
@@ -38,6 +39,11 @@ def decode_fields(cls: type[T], value: Any, where: str) -> T:
                 fix="compile the model again: trimtab compile MODEL -o model.trim",
             )
     return cls(**arguments)
+
+
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:

@@ -91,6 +91,27 @@ class WeightEntry:
 
 
 @dataclass(frozen=True)
+class KernelCall:
+    """One of the kernel calls that a call of the model makes, for profiles.
+
+    Args:
+        name: the kernel's name in the code.
+        ops: the ops it computes, as ``mnemonic at location``.
+        macs: multiply-accumulates; like the other counts an int or an expression over symbols.
+        factors: dtype of the numbers that are multiplied; empty without multiply-accumulates.
+        bytes_read: bytes of its operands, weights included; each counts once, however often it is read.
+        bytes_written: bytes of its results.
+    """
+
+    name: str
+    ops: tuple[str, ...] = ()
+    macs: Dimension = 0
+    factors: str = ""
+    bytes_read: Dimension = 0
+    bytes_written: Dimension = 0
+
+
+@dataclass(frozen=True)
 class CodeVariant:
     """Code for one target.
 
@@ -103,6 +124,7 @@ class CodeVariant:
         runtime: entries with the shared libraries of the backend's runtime, in loading order; empty if left out.
         weights: names of the weights to pass, in order; None means all of the manifest's.
         requires: versions of the packages the code was built for, such as ``{"apache-tvm": "0.27.0.post1"}``.
+        kernels: the kernel calls that a call of the model makes, in order; empty where the compiler does not tell.
     """
 
     target: str
@@ -113,6 +135,7 @@ class CodeVariant:
     runtime: tuple[str, ...] = ()
     weights: tuple[str, ...] | None = None
     requires: dict[str, str] = field(default_factory=dict)
+    kernels: tuple[KernelCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -273,6 +296,11 @@ def _check_symbols(manifest: Manifest) -> None:
                 raise _wrong("a size uses a symbol without a range", tensor=spec.name, size=size)
             if not used <= bound:
                 raise _wrong("a symbol is no input's size by itself, so it has no value", tensor=spec.name, size=size)
+    for variant in manifest.variants:
+        for call in variant.kernels:
+            for count in (call.macs, call.bytes_read, call.bytes_written):
+                if not symbols_of(count) <= bound:
+                    raise _wrong("a count uses a symbol that has no value", kernel=call.name, count=count)
 
 
 def _check_unique(kind: str, names: Iterable[str]) -> None:

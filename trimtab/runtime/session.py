@@ -14,9 +14,9 @@ import numpy as np
 from trimtab.cores import check_thread_count
 from trimtab.errors import InternalError, UsageError
 from trimtab.runtime.container import ArtifactReader, Verify
-from trimtab.runtime.manifest import Manifest, TensorSpec
+from trimtab.runtime.manifest import CodeVariant, Manifest, TensorSpec
 from trimtab.runtime.native_code import Executable, load_executable, select_variant
-from trimtab.runtime.profile import KernelTimer, Profile
+from trimtab.runtime.profile import FunctionTime, KernelTimer, Profile, Roofs, kernel_events
 from trimtab.runtime.signature import Array, Outputs, Signature, aligned_empty, as_array, is_ready
 from trimtab.runtime.threads import resolve_thread_count
 from trimtab.tensor_file import STORAGE_TYPES
@@ -49,7 +49,7 @@ def load(
     count = resolve_thread_count(threads, reader.manifest.threads)
     variant = select_variant(reader.manifest.variants, reader.path)
     executable = load_executable(reader, variant, prefer_carried=prefer_carried)
-    return Session(reader, executable, variant.weights, count)
+    return Session(reader, executable, variant, count)
 
 
 class Session:
@@ -68,9 +68,7 @@ class Session:
         path: the file.
     """
 
-    def __init__(
-        self, reader: ArtifactReader, executable: Executable, weight_names: Sequence[str] | None, threads: int
-    ) -> None:
+    def __init__(self, reader: ArtifactReader, executable: Executable, variant: CodeVariant, threads: int) -> None:
         manifest = reader.manifest
         self.path = reader.path
         self.manifest: Manifest = manifest
@@ -81,7 +79,8 @@ class Session:
         self._machine = executable.new_machine()
         self._lock = threading.Lock()
         self._scratch: dict[int, tuple[Array, Any]] = {}
-        self._weights = self._map_weights(reader, weight_names)
+        self._kernels = variant.kernels
+        self._weights = self._map_weights(reader, variant.weights)
         self._weight_addresses = frozenset(tensor.data_ptr() for tensor in self._weights)
 
     def _map_weights(self, reader: ArtifactReader, names: Sequence[str] | None) -> list[Any]:
@@ -111,11 +110,17 @@ class Session:
         with self._lock:
             return self._run(self._machine, arrays)
 
-    def profile(self, *inputs: Any, repeat: int = 20, **named_inputs: Any) -> Profile:
-        """Time calls: one to warm up, ``repeat`` whole calls, then one with a timer around every kernel.
+    def profile(self, *inputs: Any, repeat: int = 20, roofs: Roofs | None = None, **named_inputs: Any) -> Profile:
+        """Time calls: one to warm up, ``repeat`` whole calls, then as many with a timer around every kernel.
+
+        Args:
+            inputs, named_inputs: as for a call.
+            repeat: how many calls of each sort.
+            roofs: what this machine can do at most with as many threads, to compare with.
 
         Returns:
-            Times per call, and per kernel where the code calls its kernels through the virtual machine.
+            Times per call, and of the kernels of the fastest of the timed calls, where the code calls its kernels
+            through the virtual machine.
 
         Raises:
             UsageError: ``repeat`` is less than one; other errors as for a call.
@@ -123,7 +128,6 @@ class Session:
         if repeat < 1:
             raise UsageError("bad number of repetitions", values={"repeat": repeat}, rule="it must be at least 1")
         arrays = self._check(inputs, named_inputs)
-        timer = KernelTimer()
         with self._lock:
             self._run(self._machine, arrays)
             calls = []
@@ -131,11 +135,21 @@ class Session:
                 begin = time.perf_counter()
                 self._run(self._machine, arrays)
                 calls.append(time.perf_counter() - begin)
-            instrumented = self._executable.new_machine(timer)
+            fastest = self._time_kernels(arrays, repeat)
+        events = kernel_events(fastest, self._kernels, self.signature.check(arrays))
+        return Profile(tuple(calls), events, self.threads, roofs)
+
+    def _time_kernels(self, arrays: Sequence[Array], repeat: int) -> list[FunctionTime]:
+        """What the fastest of ``repeat`` calls was made of; the lock is held."""
+        timer = KernelTimer()
+        instrumented = self._executable.new_machine(timer)
+        self._run(instrumented, arrays)
+        timer.take()
+        runs = []
+        for _ in range(repeat):
             self._run(instrumented, arrays)
-            timer.clear()
-            self._run(instrumented, arrays)
-        return Profile(tuple(calls), timer.kernels(), self.threads)
+            runs.append(timer.take())
+        return min(runs, key=lambda times: times[-1].end - times[0].begin if times else 0.0)
 
     def close(self) -> None:
         """Let go of the mapped file. Arrays returned by earlier calls stay valid; further calls are refused."""
