@@ -88,12 +88,12 @@ class FloatProduct(Product):
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         if self.b_dtype == "f32":
-            return [f.load(f"<{lanes} x float>", pointer, lanes * 4)]
+            return [f.load(f"<{lanes} x float>", pointer, 1)]
         if self.b_dtype == "f16" and self.converts_half:
-            half = f.load(f"<{lanes} x half>", pointer, lanes * 2)
+            half = f.load(f"<{lanes} x half>", pointer, 1)
             return [f.let(f"fpext <{lanes} x half> {half} to <{lanes} x float>")]
         bits, real = f"<{lanes} x i32>", f"<{lanes} x float>"
-        narrow = f.load(f"<{lanes} x i16>", pointer, lanes * 2)
+        narrow = f.load(f"<{lanes} x i16>", pointer, 1)
         wide = f.let(f"zext <{lanes} x i16> {narrow} to {bits}")
         if self.b_dtype == "bf16":
             return [f.let(f"bitcast {bits} {f.let(f'shl {bits} {wide}, splat (i32 16)')} to {real}")]
@@ -136,7 +136,7 @@ class NibbleProduct(Product):
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         bits = f"<{lanes} x i32>"
-        pairs = f.let(f"sext <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, lanes)} to {bits}")
+        pairs = f.let(f"sext <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, 1)} to {bits}")
         even = f.let(f"ashr {bits} {f.let(f'shl {bits} {pairs}, splat (i32 28)')}, splat (i32 28)")
         odd = f.let(f"ashr {bits} {pairs}, splat (i32 4)")
         return [f.let(f"sitofp {bits} {value} to <{lanes} x float>") for value in (even, odd)]
@@ -169,8 +169,8 @@ class DotProduct(Product):
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         if not self.toggles_b:
-            return [f.load(self.operand, pointer, lanes * 4)]
-        value = f.load(f"<{lanes * 4} x i8>", pointer, lanes * 4)
+            return [f.load(self.operand, pointer, 1)]
+        value = f.load(f"<{lanes * 4} x i8>", pointer, 1)
         return [f.let(f"xor {self.operand} {value}, splat (i8 -128)")]
 
     def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
@@ -193,7 +193,7 @@ class PairProduct(Product):
         return self._widen(f, lanes, f.splat(lanes, "i32", f.load("i32", rows[0], 1)), self.a_dtype == "s8")
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        return self._widen(f, lanes, f.load(f"<{lanes} x i32>", pointer, lanes * 4), self.b_dtype == "s8")
+        return self._widen(f, lanes, f.load(f"<{lanes} x i32>", pointer, 1), self.b_dtype == "s8")
 
     def _widen(self, f: Writer, lanes: int, value: str, signed: bool) -> list[str]:
         halves = f"<{2 * lanes} x i16>"
@@ -218,7 +218,7 @@ class WidenedProduct(Product):
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         widen = "sext" if self.b_dtype == "s8" else "zext"
-        half = f.let(f"{widen} <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, lanes)} to <{lanes} x i16>")
+        half = f.let(f"{widen} <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, 1)} to <{lanes} x i16>")
         return [f.let(f"sext <{lanes} x i16> {half} to <{lanes} x i32>")]
 
     def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
@@ -245,7 +245,7 @@ class MatrixProduct(Product):
         return [f.let(f"bitcast <2 x i64> {pair} to <16 x i8>")]
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        return [f.load("<16 x i8>", pointer, 16)]
+        return [f.load("<16 x i8>", pointer, 1)]
 
     def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
         return f.call("<4 x i32>", self.intrinsic, ("<4 x i32>", accumulator), ("<16 x i8>", a), ("<16 x i8>", b))
