@@ -195,7 +195,9 @@ def without_torch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
     return run
 
 
-@pytest.mark.parametrize("command", [["run", "--random", "0"], ["inspect"], ["inspect", "--ops"]], ids=_id)
+@pytest.mark.parametrize(
+    "command", [["run", "--random", "0"], ["bench", "--profile"], ["inspect"], ["inspect", "--ops"]], ids=_id
+)
 def test_artifacts_need_no_torch(
     built: Path, without_torch: Callable[..., subprocess.CompletedProcess[str]], command: list[str]
 ) -> None:
