@@ -36,9 +36,11 @@ from cpu_peers_job import Job
 from cpu_peers_report import Missing, Results, Row, draw_chart, least_seconds, model_lines, summary_lines
 from cpu_peers_systems import SYSTEMS, System
 from cpu_peers_worker import Worker, WorkerError
-from machine_peaks import NoCompilerError, Peaks, describe, measure_peaks, processor_name
+from machine_peaks import describe, processor_name
 from measuring import take_turns
-from trimtab.runtime.threads import usable_cores
+from trimtab import TrimtabError
+from trimtab.backends.tvm.peaks import Peaks, measure_peaks
+from trimtab.cores import usable_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +79,7 @@ def measure(args: argparse.Namespace) -> Results:
     try:
         peaks = measure_peaks(args.threads)
         machine["peaks"] = asdict(peaks)
-    except NoCompilerError as error:
+    except TrimtabError as error:
         peaks = None
         machine["peaks_missing"] = str(error)
     command = shlex.join(["python", "benchmarks/cpu_peers.py", *sys.argv[1:]])

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cpu_peers_job import Facts
-from machine_peaks import Peaks, last_level_cache_bytes
+from machine_peaks import last_level_cache_bytes
+from trimtab.backends.tvm.peaks import Peaks
 
 OURS = "trimtab"
 BYTES = {"f32": 4, "bf16": 2}
@@ -107,12 +108,12 @@ def least_seconds(facts: Facts, precision: str, peaks: Peaks) -> tuple[float, st
     Weights count against memory only where they are larger than the last-level cache: smaller ones stay there between
     the calls of a benchmark.
     """
-    rate = peaks.rate(precision)
-    if rate is None:
+    rate = peaks.of(precision)
+    if not rate:
         return None
     compute = 2 * facts.macs / rate
     weights = facts.weight_bytes * BYTES[precision] // BYTES["f32"]
-    memory = (weights + facts.cache_bytes) / peaks.read_rate if weights > last_level_cache_bytes() else 0.0
+    memory = (weights + facts.cache_bytes) / peaks.read_bandwidth if weights > last_level_cache_bytes() else 0.0
     return max((compute, "compute"), (memory, "memory"))
 
 

@@ -27,10 +27,11 @@ from cpu_peers_report import (
 )
 from cpu_peers_systems import SYSTEMS, Eager, OnnxRuntime, System, Trimtab
 from cpu_peers_worker import Worker, WorkerError, prepare
-from machine_peaks import Peaks, last_level_cache_bytes
+from machine_peaks import last_level_cache_bytes
 from measuring import as_arrays, largest_error, time_calls
+from trimtab.backends.tvm.peaks import Peaks
 
-PEAKS = Peaks(threads=2, rates={"f32": {"FMA": 100e9}}, read_rate=10e9, buffer_bytes=1 << 30)
+PEAKS = Peaks(threads=2, rates={"f32": {"FMA": 100e9}}, read_bandwidth=10e9)
 
 
 def given_results() -> Results:
