@@ -37,7 +37,7 @@ class MicroKernel:
 
     The function is ``i32 name(ptr A, i64 lda, ptr B, ptr C, i64 ldc, i64 depth, i32 accumulate, ptr next)`` and returns
     0. A is row-major [rows, depth] of ``a_dtype``, ``lda`` elements from row to row, unaligned. B is a packed panel
-    [depth / group, columns, group] of ``b_dtype``, 64-byte aligned. C is row-major [rows, columns] of ``c_dtype``,
+    [depth / group, columns, group] of ``b_dtype``. C is row-major [rows, columns] of ``c_dtype``,
     ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it. ``next`` is what the caller
     will read soon, such as the next panel: while it computes, the kernel asks for one line of 64 bytes from there for
     every ``prefetch_depth`` of the depth. It need not be a valid address.
@@ -102,7 +102,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
         raise BackendError(
             "no micro-kernel for such a tile",
             values={"instruction set": isa.name, "kind": kind, "rows": rows, "columns": columns},
-            rule=f"columns come in multiples of {isa.lanes}, and what the loop needs must fit {isa.registers} registers",
+            rule=f"columns come in multiples of {isa.lanes}, and a step must fit {isa.registers} registers",
             fix="use one of preferred_tiles, or fewer rows or columns",
         )
     name = f"trimtab_{isa.name}_{kind.replace('*', '_')}_{rows}x{columns}"
@@ -123,7 +123,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
         functions += [(f"i32 @{setup}()", prepare), (f"i32 @{teardown}()", release)]
     else:
         sets = accumulator_sets(isa, kind, tile)
-        body = VectorKernel(product, isa.lanes, rows, tile.vectors, sets, UNROLL).generate()
+        body = VectorKernel(isa, product, rows, tile.vectors, sets, UNROLL).generate()
         prefetch_depth = UNROLL * product.group
         if isinstance(product, NibbleProduct):
             parameters += ", ptr noalias %scales"

@@ -42,6 +42,11 @@ class InstructionSet:
     products: Mapping[str, Product | TileProduct]
 
     @property
+    def register_constraint(self) -> str:
+        """LLVM's letter for vector registers in inline assembly; empty when the processor is not known."""
+        return {"x86_64": "v", "aarch64": "w"}.get(self.architecture, "")
+
+    @property
     def lanes(self) -> int:
         """Accumulators (32 bits each) in a register."""
         return self.vector_bytes // 4
@@ -62,9 +67,9 @@ def _widened() -> Products:
     return {f"{a}*s8": WidenedProduct(a, "s8", "i32") for a in ("u8", "s8")}
 
 
-def _pmaddwd(intrinsic: str) -> Products:
+def _pmaddwd(intrinsic: str, temporaries: int) -> Products:
     # The accumulators wait for an addition only.
-    return {f"{a}*s8": PairProduct(a, "s8", "i32", 4, parts=2, temporaries=1, chains=4, intrinsic=intrinsic)
+    return {f"{a}*s8": PairProduct(a, "s8", "i32", 4, parts=2, temporaries=temporaries, chains=4, intrinsic=intrinsic)
             for a in ("u8", "s8")}  # fmt: skip
 
 
@@ -98,11 +103,11 @@ _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 PORTABLE = InstructionSet("portable", "", (), 16, 16, 4, {**_floats(converts_half=False), **_widened()})
 
 AVX2 = InstructionSet("avx2", "x86_64", _AVX2, 32, 16, 10,
-                      {**_floats(half_features=("f16c",)), **_pmaddwd("llvm.x86.avx2.pmadd.wd")})  # fmt: skip
+                      {**_floats(half_features=("f16c",)), **_pmaddwd("llvm.x86.avx2.pmadd.wd", 3)})  # fmt: skip
 AVX_VNNI = replace(AVX2, name="avxvnni", products={**AVX2.products, **_vpdpbusd(256, "avxvnni")})
 
 AVX512 = InstructionSet("avx512", "x86_64", _AVX512, 64, 32, 8,
-                        {**_floats(), **_pmaddwd("llvm.x86.avx512.pmaddw.d.512")})  # fmt: skip
+                        {**_floats(), **_pmaddwd("llvm.x86.avx512.pmaddw.d.512", 8)})  # fmt: skip
 AVX512_VNNI = replace(AVX512, name="avx512vnni", chains=10,
                       products={**AVX512.products, **_vpdpbusd(512, "avx512vnni")})  # fmt: skip
 AVX512_BF16 = replace(AVX512_VNNI, name="avx512bf16", chains=12, products={

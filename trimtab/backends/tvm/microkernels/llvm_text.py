@@ -63,6 +63,17 @@ class Writer:
         """Ask for the line at ``pointer``, which need not be valid, to be brought to the second-level cache."""
         self.call("void", "llvm.prefetch.p0", ("ptr", pointer), ("i32", "0"), ("i32", "2"), ("i32", "1"))
 
+    def settle(self, type: str, values: list[str], constraint: str) -> None:
+        """Have ``values`` computed before anything that comes later is loaded. No instruction is generated for it.
+
+        Args:
+            constraint: LLVM's letter for vector registers in inline assembly; only loads are ordered without one.
+        """
+        kept = values if constraint else []
+        constraints = ",".join([*[constraint] * len(kept), "~{memory}"])
+        arguments = ", ".join(f"{type} {value}" for value in kept)
+        self.do(f'call void asm sideeffect "", "{constraints}"({arguments})')
+
     def splat(self, lanes: int, type: str, value: str) -> str:
         """A vector with ``value`` in every lane."""
         one = self.let(f"insertelement <{lanes} x {type}> poison, {type} {value}, i64 0")

@@ -40,7 +40,9 @@ def registers_needed(product: Product | TileProduct, tile: RegisterTile, sets: i
     across = tile.vectors * product.rows_at_once
     # The scaled sums of 4-bit weights are accumulators of their own.
     kinds = sets + isinstance(product, NibbleProduct)
-    return kinds * blocks * across + product.parts * (across + 1) + product.temporaries
+    # With one multiply-add per row, LLVM lets sums change registers from step to step.
+    spare = 4 if across == 1 else 0
+    return kinds * blocks * across + product.parts * (across + 1) + product.temporaries + spare
 
 
 def fits(isa: InstructionSet, kind: str, tile: RegisterTile) -> bool:

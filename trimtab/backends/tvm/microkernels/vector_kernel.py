@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trimtab.backends.tvm.microkernels.isa import InstructionSet
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
 from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleProduct, Product
 
@@ -16,15 +17,20 @@ class VectorKernel:
     Its parameters are ``%a %lda %b %c %ldc %depth %accumulate %next`` and, for 4-bit weights, ``%scales``.
 
     Args:
-        lanes: 32-bit lanes of a register.
+        isa: the instruction set.
+        product: how it multiplies.
         sets: copies of the accumulators, which take turns along the depth and are added in the end. More than one keeps
             the multiply-add units busy when a tile is small.
         unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``. An iteration of more than one
             asks for a line of ``%next``.
     """
 
-    def __init__(self, product: Product, lanes: int, rows: int, vectors: int, sets: int = 1, unroll: int = 1) -> None:
+    def __init__(
+        self, isa: InstructionSet, product: Product, rows: int, vectors: int, sets: int = 1, unroll: int = 1
+    ) -> None:
+        lanes = isa.lanes
         self.product, self.lanes, self.rows, self.columns = product, lanes, rows, vectors * lanes
+        self.constraint = isa.register_constraint
         self.sets, self.unroll = sets, unroll
         self.type = f"<{lanes} x {'float' if product.c_dtype == 'f32' else 'i32'}>"
         self.add = "fadd" if product.c_dtype == "f32" else "add"
@@ -96,6 +102,8 @@ class VectorKernel:
                 for x, y in zip(a_parts, b_part, strict=True):
                     sum = p.multiply_add(f, lanes, sum, x, y)
                 result.append(sum)
+            # Else LLVM loads for many rows and steps at once, and has to put some of it on the stack.
+            f.settle(self.type, result[-len(b_parts) :], self.constraint)
         return result
 
     def _row_corrections(self, product: DotProduct) -> list[str]:
