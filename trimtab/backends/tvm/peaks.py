@@ -2,7 +2,7 @@
 
 Measured, not looked up, because clock rates depend on the load and virtual machines hide what they share.  The loops
 (:mod:`trimtab.backends.tvm.peak_probes`) are compiled once per processor and kept in the user's cache folder; measuring
-takes one to two seconds each time, and no tvm when the cached library is there.
+takes two to three seconds each time, and no tvm when the cached library is there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _Loop: TypeAlias = Callable[[int, int], None]
 _SECONDS = 0.02
 """Length of one measurement: a thousand times what starting the threads takes."""
 
-_REPEATS = 7
+_REPEATS = 15
 # More than the last-level cache a process is likely to get for itself, without asking for much memory.
 _READ_BYTES = 512 << 20
 # tvm::CallingConv::kCPackedFunc: the function has its final form.

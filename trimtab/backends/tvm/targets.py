@@ -115,7 +115,7 @@ _PROC_NAMES = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "lahf_lm":
                "avx_vnni": "avxvnni", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16",
                "avx512_fp16": "avx512fp16", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8", "amx_tile": "amx-tile",
                "avx512_vbmi2": "avx512vbmi2", "avx512_bitalg": "avx512bitalg",
-               "avx512_vpopcntdq": "avx512vpopcntdq"}  # fmt: skip
+               "avx512_vpopcntdq": "avx512vpopcntdq", "asimd": "neon", "asimddp": "dotprod"}  # fmt: skip
 
 
 def host_features() -> set[str]:
