@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
+from trimtab.backends.tvm.microkernels.available import available_sets
 from trimtab.cores import usable_cores
 from trimtab.errors import UsageError
 
@@ -53,6 +54,11 @@ class TargetSpec:
     def with_threads(self, threads: int) -> TargetSpec:
         return replace(self, machine=replace(self.machine, threads=threads))
 
+    def with_micro_kernels(self) -> TargetSpec:
+        """The target with the instruction sets that its features allow."""
+        sets = available_sets(self.triple, self.features)
+        return replace(self, machine=replace(self.machine, instruction_sets=sets))
+
 
 _LINUX_X86 = "x86_64-unknown-linux-gnu"
 _LINUX_ARM = "aarch64-unknown-linux-gnu"
@@ -88,7 +94,7 @@ def find_target(name: str = "", threads: int | None = None) -> TargetSpec:
                          fix="use one of the known targets; `native` means this machine")  # fmt: skip
     if is_arm and spec.triple == _LINUX_ARM:
         spec = replace(spec, compiler=HOST_LINKERS)
-    return spec.with_threads(threads or default_threads())
+    return spec.with_micro_kernels().with_threads(threads or default_threads())
 
 
 def default_threads() -> int:
@@ -115,7 +121,7 @@ _PROC_NAMES = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "lahf_lm":
                "avx_vnni": "avxvnni", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16",
                "avx512_fp16": "avx512fp16", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8", "amx_tile": "amx-tile",
                "avx512_vbmi2": "avx512vbmi2", "avx512_bitalg": "avx512bitalg",
-               "avx512_vpopcntdq": "avx512vpopcntdq", "asimd": "neon", "asimddp": "dotprod"}  # fmt: skip
+               "avx512_vpopcntdq": "avx512vpopcntdq"}  # fmt: skip
 
 
 def host_features() -> set[str]:

@@ -16,7 +16,6 @@ from tvm import tirx
 
 from trimtab.backends.tvm.codegen.comparison import eq, larger
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product
-from trimtab.backends.tvm.codegen.gemm import Tile, accumulate_tile, each_vector
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
@@ -32,6 +31,7 @@ from trimtab.backends.tvm.codegen.loops import (
     store,
 )
 from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, each_vector
 from trimtab.backends.tvm.codegen.vector_math import lower_call
 
 Read = Callable[..., Expr]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import ir, tirx
@@ -40,88 +39,22 @@ from trimtab.backends.tvm.codegen.loops import (
     zero,
 )
 from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, choose_tile, each_vector
+from trimtab.backends.tvm.codegen.tile_product import (
+    StridedRows,
+    TileProducts,
+    product_kind,
+    strided_rows,
+    without_casts,
+)
 from trimtab.backends.tvm.codegen.vector_math import lower_call
 
-
-@dataclass(frozen=True)
-class Tile:
-    """Register tile: ``rows`` by ``columns`` accumulators, ``columns`` a multiple of ``lanes``."""
-
-    rows: int
-    columns: int
-    lanes: int
-
-
-def choose_tile(machine: Machine, dtype: str, rows: Expr, columns: Expr, fixed_columns: int | None = None) -> Tile:
-    """The tile with the least padded work for the known extents; ``fixed_columns`` is set by a packed operand."""
-    lanes = machine.lanes(dtype)
-    m, n = int_value(rows), int_value(columns)
-    best: tuple[float, Tile] | None = None
-    for height, vectors_wide in machine.tiles:
-        width = vectors_wide * lanes
-        if fixed_columns is not None and width != fixed_columns:
-            continue
-        height = min(height, m) if m is not None else height
-        row_cost = -(-m // height) * height / m if m else 1.0
-        column_cost = -(-n // width) * width / n if n else 1.0
-        # Few accumulators leave the multiply units waiting for each other.
-        busy = max(1.0, machine.chains / (height * vectors_wide))
-        cost = row_cost * column_cost * busy
-        if best is None or cost < best[0] - 0.005:
-            best = (cost, Tile(height, width, lanes))
-    if best is None:
-        height = min(machine.tiles[0][0], m) if m is not None else machine.tiles[0][0]
-        width = fixed_columns if fixed_columns is not None else machine.tiles[0][1] * lanes
-        return Tile(height, width, min(lanes, width))
-    return best[1]
-
-
-def accumulate_tile(
-    tile: Tile,
-    dtype: str,
-    depth: Expr,
-    a: Callable[[Expr, Expr], Expr],
-    b: Callable[[Expr, Expr], Expr],
-    finish: Callable[[list[Any]], Stmt],
-) -> Stmt:
-    """``tile.rows x tile.columns`` accumulators summed over ``depth``, then ``finish(accumulators)``.
-
-    Args:
-        a: factor at (row of the tile, k).
-        b: factor at (k, column of the tile).
-        finish: what to do with the sums, one buffer ``[columns]`` per row. It must address them through
-            :func:`each_vector`, so that every position is a constant and they stay in registers.
-    """
-
-    def with_rows(rows: list[Any]) -> Stmt:
-        if len(rows) < tile.rows:
-            # One buffer per row, because TVM keeps only small buffers on the stack and LLVM turns only those into
-            # registers.
-            return scratch([tile.columns], dtype, lambda row: with_rows([*rows, row]), "acc")
-
-        def multiply(k: Expr) -> Stmt:
-            return each_vector(tile, lambda r, c: store(rows[r], [c], load(rows[r], c) + a(index(r), k) * b(k, c)))
-
-        return sequence(
-            each_vector(tile, lambda r, c: store(rows[r], [c], zero(dtype))),
-            loop(depth, multiply, name="k"),
-            finish(rows),
-        )
-
-    return with_rows([])
-
-
-def each_vector(tile: Tile, body: Callable[[int, Expr], Stmt]) -> Stmt:
-    """``body(row, column)`` for the whole tile as unrolled vector operations."""
-    lanes = tile.lanes
-
-    def row(r: int) -> Stmt:
-        def vector(v: Expr) -> Stmt:
-            return loop(lanes, lambda lane: body(r, v * index(lanes) + lane), "vectorized", "lane")
-
-        return loop(tile.columns // lanes, vector, "unrolled", "v")
-
-    return sequence(*(row(r) for r in range(tile.rows)))
+FIRST = tirx.const(0, "int32")
+"""A micro-kernel's argument: overwrite what was there."""
+PANELS_TOGETHER = 4
+"""Panels whose sums are kept while the depth is covered part by part."""
+DEPTH_STEP = 64
+"""Parts of the depth are multiples of this, as the micro-kernels of narrow types want them."""
 
 
 class ContractionKernel:
@@ -142,6 +75,16 @@ class ContractionKernel:
         )
         self.tile = choose_tile(machine, self.dtype, self.m.extent, self.n.extent, self._packed_width())
         self.direct = self._reads_b_directly()
+        self.products, self.a_rows = self._micro_kernels()
+
+    def _micro_kernels(self) -> tuple[TileProducts | None, StridedRows | None]:
+        """The micro-kernels and the rows that they read, where the factors are of the form that they need."""
+        kind = product_kind(self.c, packs_b=not self.direct)
+        isa = self.machine.instruction_set(kind)
+        rows = strided_rows(self.c, self.m, self.k) if isa is not None else None
+        if isa is None or rows is None or (self.direct and self._b_coefficients()[1] != self.tile.columns):
+            return None, None
+        return TileProducts(isa, kind), rows
 
     def generate(self) -> Stmt:
         """The whole kernel, parallel over batch, column panels and (when those are few) row blocks."""
@@ -150,6 +93,8 @@ class ContractionKernel:
         batch = product([extent for _, extent in self.c.batch])
         blocks = self._row_blocks(batch, panels)
         batch_axes = Flattener(self.c.batch)
+        if self._depth_block():
+            return self._link(self._depth_blocked())
 
         def task(flat: Expr) -> Stmt:
             block = tirx.floormod(flat, index(blocks)) if blocks > 1 else index(0)
@@ -169,7 +114,69 @@ class ContractionKernel:
         work = [int_value(e) for e in (batch, columns, rows, self.k.extent)]
         known = [value for value in work if value is not None]
         small = len(known) == len(work) and math.prod(known) < self.machine.serial_work
-        return loop(total, task, "serial" if small else "parallel", "task")
+        body = loop(total, task, "serial" if small else "parallel", "task")
+        return self._link(body)
+
+    def _link(self, body: Stmt) -> Stmt:
+        return self.products.link(body) if self.products else body
+
+    def _depth_block(self) -> int:
+        """Depth to take at a time so that the rows of A stay in the cache while panels pass; 0 for all at once."""
+        rows, depth, panels = int_value(self.m.extent), int_value(self.k.extent), self._packed_width()
+        if self.products is None or rows is None or depth is None or panels is None or self.c.batch:
+            return 0
+        room = self.machine.cache_bytes // 2 // 4
+        if rows <= 2 * self.tile.rows or rows * depth <= room:
+            return 0
+        count = -(-rows * depth // room)
+        return -(-depth // (count * DEPTH_STEP)) * DEPTH_STEP
+
+    def _depth_blocked(self) -> Stmt:
+        """A few panels per task; each part of the depth is added to the sums of all of them before the next one."""
+        assert self.products is not None
+        assert self.a_rows is not None
+        products, a_rows, tile, step = self.products, self.a_rows, self.tile, self._depth_block()
+        rows, depth = int(self.m.extent), int(self.k.extent)
+        panels, tiles, blocks = -(-int(self.n.extent) // tile.columns), -(-rows // tile.rows), -(-depth // step)
+        together = max(1, min(PANELS_TOGETHER, panels // self.machine.threads))
+
+        def start_of(t: Expr) -> Expr:
+            return minimum(t * index(tile.rows), index(rows - tile.rows))
+
+        def task(group: Expr) -> Stmt:
+            first = group * index(together)
+            held = minimum(index(together), index(panels) - first)
+
+            def place(p: Expr, k: Expr) -> Any:
+                return without_casts(self._b_at({}, self.k.at(k, True), (first + p) * index(tile.columns)))
+
+            def with_sums(sums: Any) -> Stmt:
+                def add(block: Expr, p: Expr) -> Stmt:
+                    k = block * index(step)
+                    last = tirx.EQ(p + index(1), held)
+                    wanted = place(tirx.Select(last, index(0), p + index(1)), tirx.Select(last, k + index(step), k))
+                    return loop(
+                        tiles,
+                        lambda t: products.call(
+                            tile, a_rows.at({}, start_of(t), k), a_rows.stride, place(p, k),
+                            load(sums, p, t, index(0), index(0)), minimum(index(step), index(depth) - k),
+                            tirx.Cast("int32", block > index(0)), wanted, t,
+                        ),
+                        name="tile",
+                    )  # fmt: skip
+
+                def write(p: Expr, t: Expr) -> Stmt:
+                    column = (first + p) * index(tile.columns)
+                    return self._store(lambda r, c: load(sums, p, t, r, c), tile.rows, start_of(t), column, {})
+
+                return sequence(
+                    loop(blocks, lambda block: loop(held, lambda p: add(block, p), name="panel"), name="block"),
+                    loop(held, lambda p: loop(tiles, lambda t: write(p, t), name="tile"), name="panel"),
+                )
+
+            return scratch([together, tiles, tile.rows, tile.columns], self.dtype, with_sums, "sums")
+
+        return loop(-(-panels // together), task, "parallel", "task")
 
     def _with_batch(self, axes: Flattener, flat: Expr, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
         values = axes.at(flat, linear=False)
@@ -257,11 +264,22 @@ class ContractionKernel:
 
                 def finish(acc: list[Any]) -> Stmt:
                     return sequence(
-                        each_vector(tile, lambda r, c: store(spill, [index(r), c], load(acc[r], c))),
-                        self._store(spill, height, start, first_column, batch),
+                        each_vector(tile, lambda r, c: store(spill, [index(r), c], load(acc[r], c))), write
                     )
 
-                return accumulate_tile(tile, self.dtype, self.k.extent, a, b, finish)
+                write = self._store(lambda r, c: load(spill, r, c), height, start, first_column, batch)
+                if self.products is None or self.a_rows is None:
+                    return accumulate_tile(tile, self.dtype, self.k.extent, a, b, finish)
+                panel, depth = without_casts(b(index(0), index(0))), self.k.extent
+                # Panels of a packed matrix follow each other; past the end of another one lies nothing of use.
+                following = without_casts(b(depth if self.direct else index(0), index(0)))
+                return sequence(
+                    self.products.call(
+                        tile, self.a_rows.at(batch, start, index(0)), self.a_rows.stride, panel,
+                        load(spill, index(0), index(0)), depth, FIRST, following, tirx.floordiv(start, index(height))
+                    ),
+                    write,
+                )  # fmt: skip
 
             if int_value(rows) == height:
                 return one(index(0))
@@ -288,7 +306,9 @@ class ContractionKernel:
 
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
 
-    def _store(self, spill: Any, rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr]) -> Stmt:
+    def _store(
+        self, sums: Callable[[Expr, Expr], Expr], rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr]
+    ) -> Stmt:
         """Apply the epilogue to a finished tile and write it, cutting the columns past the end.
 
         The tile goes through the first-level cache on its way: that costs a few cycles per tile, and the epilogue is
@@ -299,7 +319,7 @@ class ContractionKernel:
             def element(column: Expr) -> Stmt:
                 place = self.n.at(first_column + column, self.n_linear_out)
                 axes = {**batch, **self.m.at(start + r, self.m_linear), **place}
-                return self._output(axes, load(spill, r, column))
+                return self._output(axes, sums(r, column))
 
             whole = vectors(self.tile.columns, self.tile.lanes, element)
             known = int_value(self.n.extent)
@@ -356,16 +376,14 @@ class ContractionKernel:
 
     def _packed_width(self) -> int | None:
         """Columns per panel when B is stored as ``[panels, depth, columns]``."""
-        b = self.c.b
+        b = without_casts(self.c.b)
         if not isinstance(b, ir.TensorLoad) or len(self.c.n) != 1 or len(b.source.shape) < 3:
             return None
         return int_value(b.source.shape[-1]) if isinstance(b.indices[-1], tirx.FloorMod) else None
 
     def _b_coefficients(self) -> tuple[int | None, int | None]:
         """Steps of B's position along a column and along k inside a panel; None where not constant or not linear."""
-        b = self.c.b
-        while isinstance(b, tirx.Cast):
-            b = b.value
+        b = without_casts(self.c.b)
         if not isinstance(b, ir.TensorLoad) or not self.k.is_linear(accesses_of(b)):
             return None, None
         analyzer = Analyzer()
@@ -383,7 +401,7 @@ class ContractionKernel:
 
     def _reads_b_directly(self) -> bool:
         step, depth_step = self._b_coefficients()
-        if step != 1 or isinstance(self.c.b, tirx.Cast):
+        if step != 1 or (isinstance(self.c.b, tirx.Cast) and not self._widens_in_registers()):
             return False
         if self._packed_width() is not None:
             return True
@@ -393,6 +411,11 @@ class ContractionKernel:
         few_rows = rows is not None and rows <= 2 * self.tile.rows
         narrow = n_known <= self.tile.columns * 2
         return few_rows or narrow or depth_step == self.tile.columns
+
+    def _widens_in_registers(self) -> bool:
+        """Whether a micro-kernel reads the second factor in the narrow type that it is stored in."""
+        known = self.machine.instruction_set(product_kind(self.c, packs_b=False)) is not None
+        return known and strided_rows(self.c, self.m, self.k) is not None
 
     def _b_is_transposed(self) -> bool:
         step, depth_step = self._b_coefficients()

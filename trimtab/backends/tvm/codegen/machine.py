@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimtab.backends.tvm.microkernels import InstructionSet
+
 _BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2,
           "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}  # fmt: skip
 
@@ -18,6 +20,8 @@ class Machine:
         chains: independent accumulators needed to keep the multiply units busy.
         threads: worker threads the code will run with; 0 is never valid here.
         serial_work: multiply-adds (or elements) below which a parallel launch costs more than it gains.
+        cache_bytes: second-level cache of a core.
+        instruction_sets: those that micro-kernels may use, the fastest first.
     """
 
     vector_bytes: int
@@ -25,10 +29,16 @@ class Machine:
     chains: int = 10
     threads: int = 2
     serial_work: int = 65536
+    cache_bytes: int = 1 << 20
+    instruction_sets: tuple[InstructionSet, ...] = ()
 
     def lanes(self, dtype: str) -> int:
         """Elements of ``dtype`` in a vector register."""
         return max(1, self.vector_bytes // _BYTES.get(dtype, 4))
+
+    def instruction_set(self, kind: str, group: int = 1) -> InstructionSet | None:
+        """The fastest instruction set that multiplies ``kind`` of data with ``group`` consecutive k interleaved."""
+        return next((isa for isa in self.instruction_sets if (p := isa.products.get(kind)) and p.group == group), None)
 
 
 AVX512 = Machine(64, ((8, 3), (6, 4), (14, 2), (12, 2), (16, 1)))

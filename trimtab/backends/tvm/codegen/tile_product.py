@@ -1,0 +1,131 @@
+"""Calls of micro-kernels for the tiles of a contraction.
+
+A micro-kernel reads the rows of A where they lie, a fixed number of elements apart, and one panel of B.  Whether the
+factors of a contraction are of that form is read off their accesses; a contraction that is not gets loops of TIR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import ir, tirx
+from tvm.sym import Analyzer, detect_linear_equation
+
+from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, accesses_of, has_only_loads_as_users
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
+from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index
+from trimtab.backends.tvm.codegen.register_tile import Tile
+from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, microkernel
+from trimtab.ir.dtypes import DType
+
+LINE_BYTES = 64
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class StridedRows:
+    """The first factor of a contraction as rows in memory.
+
+    Attributes:
+        at: the element at (values of the batch axes, row, column).
+        stride: elements from one row to the next.
+        dtype: of the elements.
+    """
+
+    at: Callable[[dict[Any, Expr], Expr, Expr], Any]
+    stride: Expr
+    dtype: str
+
+
+def strided_rows(contraction: Contraction, m: Flattener, k: Flattener) -> StridedRows | None:
+    """The first factor as rows with contiguous elements, or None where it is computed or scattered."""
+    a = without_casts(contraction.a)
+    if not isinstance(a, ir.TensorLoad) or not (m.is_linear(accesses_of(a)) and k.is_linear(accesses_of(a))):
+        return None
+    if not (has_only_loads_as_users(a, contraction.m) and has_only_loads_as_users(a, contraction.k)):
+        return None
+    row, depth = tirx.Var("r", "int64"), tirx.Var("k", "int64")
+    place = {**m.at(row, True), **k.at(depth, True)}
+    analyzer = Analyzer()
+    position = analyzer.simplify(flat_offset(a.source.shape, [rewrite(i, place) for i in a.indices]))
+    found = list(detect_linear_equation(position, [row, depth]))
+    if len(found) != 3 or int_value(analyzer.simplify(found[1])) != 1:
+        return None
+    stride = analyzer.simplify(found[0])
+    if variables_of(stride) & {axis for axis, _ in contraction.batch}:
+        return None
+
+    def at(batch: dict[Any, Expr], row: Expr, column: Expr) -> Any:
+        return rewrite(a, {**batch, **m.at(row, True), **k.at(column, True)})
+
+    return StridedRows(at, as_index(stride), str(a.source.dtype))
+
+
+def product_kind(contraction: Contraction, packs_b: bool) -> str:
+    """The kind of data for micro-kernels: the types of the factors where they lie, ``""`` when they are computed.
+
+    Args:
+        packs_b: the second factor is copied to panels, in the type in which the product is computed.
+    """
+    work = str(contraction.stage.buffer.dtype)
+    a, b = _stored_type(contraction.a), work if packs_b else _stored_type(contraction.b)
+    if work != "float32" or a not in _SHORT or b not in _SHORT:
+        return ""
+    return _SHORT[a] if a == b else f"{_SHORT[a]}*{_SHORT[b]}"
+
+
+def without_casts(factor: Expr) -> Expr:
+    """What a factor widens."""
+    while isinstance(factor, tirx.Cast):
+        factor = factor.value
+    return factor
+
+
+def _stored_type(factor: Expr) -> str:
+    """Type of the elements in memory of a factor that is read and perhaps widened; ``""`` of any other."""
+    factor = without_casts(factor)
+    return str(factor.source.dtype) if isinstance(factor, ir.TensorLoad) else ""
+
+
+def _pointer(element: Any, access: str, ahead: Expr | int = 0) -> Expr:
+    """The address ``ahead`` elements behind ``element``, in a form that storage planning knows as an access."""
+    return element.source.access_ptr(access, offset=flat_offset(element.source.shape, element.indices) + ahead)
+
+
+class TileProducts:
+    """The micro-kernels that a function calls, with their code."""
+
+    def __init__(self, isa: InstructionSet, kind: str) -> None:
+        self.isa = isa
+        self.kind = kind
+        self.used: dict[str, MicroKernel] = {}
+
+    def call(
+        self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr
+    ) -> Stmt:
+        """``c = a b`` or ``c += a b`` for a tile.
+
+        Args:
+            a, b, c: the elements at the beginnings of the rows, the panel and the result.
+            stride: elements from one row of A to the next.
+            accumulate: 1 to add to c, 0 to overwrite it.
+            wanted: the element at the beginning of what will be read after the panel.
+            part: which part of that to bring into the cache meanwhile; the tiles of a panel take one each.
+        """
+        kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns)
+        self.used[kernel.name] = kernel
+        lines = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
+        ahead = part * lines * index(LINE_BYTES * 8 // DType(kernel.b_dtype).bits)
+        arguments = [
+            _pointer(a, "r"), as_index(stride), _pointer(b, "r"), _pointer(c, "rw"), index(tile.columns),
+            as_index(depth), accumulate, _pointer(wanted, "r", ahead),
+        ]  # fmt: skip
+        return tirx.Evaluate(tirx.call_extern("int32", kernel.name, *arguments))
+
+    def link(self, body: Stmt) -> Stmt:
+        """``body`` with the code of the kernels that it calls."""
+        for kernel in self.used.values():
+            body = tirx.AttrStmt(index(0), "pragma_import_llvm", ir.StringImm(kernel.text), body)
+        return body
