@@ -17,9 +17,10 @@ pytest.importorskip("tvm")
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Measurements too short to mean anything, and an empty cache, which is returned."""
+    monkeypatch.setattr(peaks, "_BURST", 1e-5)
     monkeypatch.setattr(peaks, "_SECONDS", 1e-4)
-    monkeypatch.setattr(peaks, "_REPEATS", 1)
     monkeypatch.setattr(peaks, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(peaks, "_PIECE_BYTES", 1 << 17)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "trimtab"
 

@@ -2,7 +2,7 @@
 
 Measured, not looked up, because clock rates depend on the load and virtual machines hide what they share.  The loops
 (:mod:`trimtab.backends.tvm.peak_probes`) are compiled once per processor and kept in the user's cache folder; measuring
-takes two to three seconds each time, and no tvm when the cached library is there.
+takes one to two seconds each time, and no tvm when the cached library is there.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -30,12 +32,14 @@ from trimtab.errors import BackendError, UsageError
 _Loop: TypeAlias = Callable[[int, int], None]
 """A probe: takes an address and a number of iterations."""
 
-_SECONDS = 0.02
-"""Length of one measurement: a thousand times what starting the threads takes."""
+_BURST = 1e-3
+"""Seconds of one measurement: shorter than what a busy system lets a thread run at a time."""
 
-_REPEATS = 15
+_SECONDS = 0.15
+"""Seconds for which every thread repeats a measurement."""
+
 # More than the last-level cache a process is likely to get for itself, without asking for much memory.
-_READ_BYTES = 512 << 20
+_READ_BYTES, _PIECE_BYTES = 512 << 20, 32 << 20
 # tvm::CallingConv::kCPackedFunc: the function has its final form.
 _AS_WRITTEN = 1
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux lends the tile registers on request only.
@@ -77,7 +81,7 @@ class Peaks:
 
 
 def measure_peaks(threads: int) -> Peaks:
-    """Measure this machine with ``threads`` threads, the best of several short runs each.
+    """Measure this machine with ``threads`` threads, each in its best moment: without what else the machine does.
 
     Raises:
         UsageError: ``threads`` is less than one.
@@ -107,45 +111,51 @@ def _may_use_tiles() -> bool:
 
 
 def _iterations_per_second(loop: _Loop, threads: int) -> float:
-    def seconds(count: int, threads: int) -> float:
-        return _together([lambda: loop(0, count)] * threads)
-
+    """The sum of what each thread reached in its best burst, while all of them were at it."""
     count = 1000
-    while (once := seconds(count, 1)) < _SECONDS / 4:
+    while (once := min(_seconds(loop, 0, count) for _ in range(3))) < _BURST / 4:
         count *= 4
-    count = max(1, int(count * _SECONDS / once))
-    return threads * count / min(seconds(count, threads) for _ in range(_REPEATS))
+    count = max(1, int(count * _BURST / once))
+    return sum(count / best for best in _best_bursts([functools.partial(loop, 0, count)] * threads))
 
 
 def _read_bandwidth(read: _Loop, threads: int) -> float:
-    blocks = _READ_BYTES // READ_BLOCK // threads
-    memory = np.ones(threads * blocks * READ_BLOCK // 8 + 8, np.int64)  # written, so that it has pages
+    """Likewise for bytes: every thread walks through its part of a large buffer, a piece in each burst."""
+    blocks = _PIECE_BYTES // READ_BLOCK
+    pieces = max(2, _READ_BYTES // _PIECE_BYTES // threads)
+    memory = np.ones(threads * pieces * _PIECE_BYTES // 8 + 8, np.int64)  # written, so that it has pages
     start = -(-memory.ctypes.data // 64) * 64
-    parts = [start + index * blocks * READ_BLOCK for index in range(threads)]
-    jobs = [functools.partial(read, part, blocks) for part in parts]
-    return threads * blocks * READ_BLOCK / min(_together(jobs) for _ in range(_REPEATS))
+
+    def walk(part: int) -> Callable[[], None]:
+        places = itertools.cycle(start + (part * pieces + piece) * _PIECE_BYTES for piece in range(pieces))
+        return lambda: read(next(places), blocks)
+
+    return sum(_PIECE_BYTES / best for best in _best_bursts([walk(part) for part in range(threads)]))
 
 
-def _together(jobs: Sequence[Callable[[], object]]) -> float:
-    """Seconds from the start of the first to the end of the last of ``jobs``, each in a thread of its own.
+def _best_bursts(jobs: Sequence[Callable[[], object]]) -> list[float]:
+    """For each job the fewest seconds that it took, all being repeated at the same time in a thread of its own each.
 
     Foreign code runs without Python's lock, so that the threads do run at the same time.
     """
     barrier = threading.Barrier(len(jobs))
-    spans: list[tuple[float, float]] = []
 
-    def work(job: Callable[[], object]) -> None:
+    def work(job: Callable[[], object]) -> float:
         barrier.wait()
-        begin = time.perf_counter()
-        job()
-        spans.append((begin, time.perf_counter()))
+        end = time.perf_counter() + _SECONDS
+        best = _seconds(job)
+        while time.perf_counter() < end:
+            best = min(best, _seconds(job))
+        return best
 
-    workers = [threading.Thread(target=work, args=(job,)) for job in jobs]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return max(end for _, end in spans) - min(begin for begin, _ in spans)
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(work, jobs))
+
+
+def _seconds(function: Callable[..., object], *arguments: int) -> float:
+    begin = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - begin
 
 
 def _symbol(probe: str) -> str:
