@@ -17,6 +17,7 @@ from trimtab.runtime.profile import (
     KernelTimer,
     Profile,
     Roofs,
+    best_times,
     kernel_events,
     summary,
 )
@@ -69,6 +70,14 @@ def test_a_timer_takes_the_innermost_functions_only() -> None:
     assert [time.name for time in times] == ["a", "b", "c"]
     assert all(time.begin <= time.end for time in times)
     assert timer.take() == []
+
+
+def test_every_function_counts_with_its_least_time() -> None:
+    fast = [FunctionTime("a", 1.0, 2.0), FunctionTime("b", 2.0, 5.0)]
+    slow = [FunctionTime("a", 10.0, 19.0), FunctionTime("b", 19.0, 20.0)]
+    other = [FunctionTime("c", 0.0, 30.0)]
+    assert best_times([slow, fast, other]) == [FunctionTime("a", 1.0, 2.0), FunctionTime("b", 2.0, 3.0)]
+    assert best_times([[], []]) == []
 
 
 def test_kernels_are_summed_by_name_slowest_first() -> None:

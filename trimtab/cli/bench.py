@@ -136,7 +136,9 @@ def _print(document: Mapping[str, Any], profile: Profile | None) -> None:
         to.print(f"no percentages of this machine's peak: {document['no_peaks']}")
     if profile.events:
         columns = ["time", "share", "calls", "GFLOP/s", "GB/s", "of peak"]
-        shown = table("kernels of the fastest timed call", [*columns, "kernel", "ops"], columns)
+        shown = table(
+            "kernels of one call, each in its fastest of the timed calls", [*columns, "kernel", "ops"], columns
+        )
         for row in profile.rows():
             shown.add_row(*row.values())
         to.print(shown)

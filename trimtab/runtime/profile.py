@@ -117,8 +117,8 @@ class Profile:
 
     Args:
         calls: seconds of each whole call, conversions of inputs and outputs included, in order.
-        events: the fastest of as many calls with a timer around every function of the virtual machine, in order.  Empty
-            when the code does not call its kernels through the virtual machine.
+        events: the functions of a call in order, each with the least time it took in as many calls with a timer around
+            every function.  Empty when the code does not call its kernels through the virtual machine.
         threads: threads the calls used.
         roofs: what the machine can do at most with as many threads; None if not measured.
     """
@@ -145,7 +145,7 @@ class Profile:
 
     @property
     def kernels(self) -> tuple[KernelTime, ...]:
-        """The kernels of the call in ``events``, slowest first, and the virtual machine as if it were one."""
+        """The kernels of ``events`` by name, slowest first, and the virtual machine as if it were one."""
         grouped: dict[str, list[KernelEvent]] = {}
         for event in self.events:
             grouped.setdefault(event.name if event.is_kernel else MACHINE_NAME, []).append(event)
@@ -207,7 +207,7 @@ class Profile:
         return rows
 
     def trace(self) -> dict[str, Any]:
-        """The call in ``events`` as data of the Trace Event Format, which chrome://tracing and Perfetto show.
+        """The ``events`` as data of the Trace Event Format, which chrome://tracing and Perfetto show.
 
         Every function is a complete event (``ph`` is ``X``) with its begin and its duration in microseconds.
         """
@@ -311,6 +311,14 @@ class KernelTimer:
         """What was measured since the last time, in order."""
         taken, self._times, self._open = self._times, [], []
         return taken
+
+
+def best_times(runs: Sequence[Sequence[FunctionTime]]) -> list[FunctionTime]:
+    """The fastest of several equal runs, with every function cut to the least time that it took in one of them."""
+    fastest = min(runs, key=lambda times: times[-1].end - times[0].begin if times else 0.0)
+    alike = [times for times in runs if [time.name for time in times] == [time.name for time in fastest]]
+    spans = (min(time.end - time.begin for time in column) for column in zip(*alike, strict=True))
+    return [time._replace(end=time.begin + span) for time, span in zip(fastest, spans, strict=True)]
 
 
 def kernel_events(

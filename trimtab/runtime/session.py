@@ -16,7 +16,7 @@ from trimtab.errors import InternalError, UsageError
 from trimtab.runtime.container import ArtifactReader, Verify
 from trimtab.runtime.manifest import CodeVariant, Manifest, TensorSpec
 from trimtab.runtime.native_code import Executable, load_executable, select_variant
-from trimtab.runtime.profile import FunctionTime, KernelTimer, Profile, Roofs, kernel_events
+from trimtab.runtime.profile import FunctionTime, KernelTimer, Profile, Roofs, best_times, kernel_events
 from trimtab.runtime.signature import Array, Outputs, Signature, aligned_empty, as_array, is_ready
 from trimtab.runtime.threads import resolve_thread_count
 from trimtab.tensor_file import STORAGE_TYPES
@@ -119,8 +119,8 @@ class Session:
             roofs: what this machine can do at most with as many threads, to compare with.
 
         Returns:
-            Times per call, and of the kernels of the fastest of the timed calls, where the code calls its kernels
-            through the virtual machine.
+            Times per call, and the least time of every kernel, where the code calls its kernels through the virtual
+            machine.
 
         Raises:
             UsageError: ``repeat`` is less than one; other errors as for a call.
@@ -135,12 +135,12 @@ class Session:
                 begin = time.perf_counter()
                 self._run(self._machine, arrays)
                 calls.append(time.perf_counter() - begin)
-            fastest = self._time_kernels(arrays, repeat)
-        events = kernel_events(fastest, self._kernels, self.signature.check(arrays))
+            times = self._time_kernels(arrays, repeat)
+        events = kernel_events(times, self._kernels, self.signature.check(arrays))
         return Profile(tuple(calls), events, self.threads, roofs)
 
     def _time_kernels(self, arrays: Sequence[Array], repeat: int) -> list[FunctionTime]:
-        """What the fastest of ``repeat`` calls was made of; the lock is held."""
+        """The functions that a call runs, each with the least time it took in ``repeat`` calls; the lock is held."""
         timer = KernelTimer()
         instrumented = self._executable.new_machine(timer)
         self._run(instrumented, arrays)
@@ -149,7 +149,7 @@ class Session:
         for _ in range(repeat):
             self._run(instrumented, arrays)
             runs.append(timer.take())
-        return min(runs, key=lambda times: times[-1].end - times[0].begin if times else 0.0)
+        return best_times(runs)
 
     def close(self) -> None:
         """Let go of the mapped file. Arrays returned by earlier calls stay valid; further calls are refused."""
