@@ -14,6 +14,7 @@ help:
 	@echo "make test    setup, then lint, types and the whole test suite"
 	@echo "make browser setup, then a Chromium for the tests of the report page, which are skipped where there is none"
 	@echo "make peers   setup, then the runtimes that benchmarks/cpu_peers.py compares with"
+	@echo "make emulator QEMU and a cross compiler for the tests of code for Arm, which are skipped where there are none"
 	@echo "make demo    setup, then train, compile and run a small model"
 	@echo "make lint    ruff;  make types  mypy;  make clean  remove $(VENV), caches and build output"
 
@@ -41,6 +42,12 @@ browser: setup
 # The runtimes that benchmarks/cpu_peers.py compares with, and what draws its chart.
 peers: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[peers]"
+
+emulator:
+	@{ command -v qemu-aarch64-static && command -v aarch64-linux-gnu-gcc; } > /dev/null || \
+	    { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
+	      apt-get install -y -qq --no-install-recommends qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
+	          > /dev/null; }
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimtab.backends.tvm import microkernels
 from trimtab.backends.tvm.microkernels import InstructionSet
+from trimtab.backends.tvm.microkernels.tiles import good_heights
 
 _BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2,
           "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}  # fmt: skip
@@ -41,7 +43,11 @@ class Machine:
         return next((isa for isa in self.instruction_sets if (p := isa.products.get(kind)) and p.group == group), None)
 
 
-AVX512 = Machine(64, ((8, 3), (6, 4), (14, 2), (12, 2), (16, 1)))
-AVX2 = Machine(32, ((6, 2), (4, 3), (12, 1)))
-NEON = Machine(16, ((8, 2), (6, 4), (8, 3), (12, 2)), chains=8)
-SCALAR = Machine(16, ((4, 2), (8, 1)), chains=4)
+def _tiles(isa: InstructionSet) -> tuple[tuple[int, int], ...]:
+    return tuple((tile.rows, tile.vectors) for tile in good_heights(isa, "f32"))
+
+
+AVX512 = Machine(64, _tiles(microkernels.AVX512))
+AVX2 = Machine(32, _tiles(microkernels.AVX2))
+NEON = Machine(16, _tiles(microkernels.NEON), chains=8)
+SCALAR = Machine(16, _tiles(microkernels.PORTABLE), chains=4)

@@ -5,8 +5,8 @@ needs the vectors of B, the part of one row of A, and what the product itself us
 file: an accumulator that goes to memory and back in every step costs more than the multiply-add.
 
 Within that limit, more accumulators are better twice over. The multiply-add units stay busy only if there are as many
-independent accumulators as they have multiply-adds in flight (latency times units). And a step loads ``rows`` parts of
-A and ``vectors`` of B for ``rows * vectors`` multiply-adds.
+independent accumulators as they have multiply-adds in flight (latency times units). And the more of them share a load,
+the less the loads, of which there are as many per cycle as multiply-adds, stand in the way.
 """
 
 from __future__ import annotations
@@ -63,14 +63,22 @@ def tallest(isa: InstructionSet, kind: str, vectors: int) -> RegisterTile | None
 
 
 def preferred_tiles(isa: InstructionSet, kind: str) -> tuple[RegisterTile, ...]:
-    """The tallest tile of each width that keeps the multiply-add units busy, the best first.
+    """The tallest tile of each width that keeps the multiply-add units busy, with the fewest loads for its work first.
 
-    The best has the fewest loads per multiply-add. Tiles whose loads hide behind the multiply-adds are equally good in
-    that, and the taller one then reads B, which comes from the second-level cache, less often.
+    A step loads ``rows`` parts of A and ``vectors`` of B for ``rows * vectors`` multiply-adds.
     """
     candidates = [tile for vectors in range(1, _MOST_VECTORS + 1) if (tile := tallest(isa, kind, vectors))]
     busy = [tile for tile in candidates if tile.rows * tile.vectors >= _chains(isa, kind)]
-    return tuple(sorted(busy or candidates, key=lambda tile: (_loads(tile), -tile.rows)))
+    return tuple(sorted(busy or candidates, key=_loads))
+
+
+def good_heights(isa: InstructionSet, kind: str) -> tuple[RegisterTile, ...]:
+    """The preferred tiles and those of at least three quarters of their rows, to choose from for a number of rows."""
+    return tuple(
+        RegisterTile(rows, tile.vectors)
+        for tile in preferred_tiles(isa, kind)
+        for rows in range(tile.rows, -(-3 * tile.rows // 4) - 1, -1)
+    )
 
 
 def _chains(isa: InstructionSet, kind: str) -> int:
@@ -79,8 +87,8 @@ def _chains(isa: InstructionSet, kind: str) -> int:
 
 
 def _loads(tile: RegisterTile) -> float:
-    """Loads per multiply-add, where one load each is enough (two units of each kind)."""
-    return max(1.0, (tile.rows + tile.vectors) / (tile.rows * tile.vectors))
+    """Loads per multiply-add."""
+    return 1 / tile.rows + 1 / tile.vectors
 
 
 def accumulator_sets(isa: InstructionSet, kind: str, tile: RegisterTile) -> int:
