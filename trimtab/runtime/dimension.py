@@ -28,7 +28,6 @@ MAX_TEXT = 1000
 """Characters of the longest expression that is read; evaluating one recurses into it."""
 
 
-
 def symbols_of(dimension: Dimension) -> frozenset[str]:
     """Names of the symbols in a dimension; raises :class:`ArtifactError` if its text is not such an expression."""
     if isinstance(dimension, int):
