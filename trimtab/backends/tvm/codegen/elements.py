@@ -11,7 +11,16 @@ from typing import Any
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.contraction import Axes, Flattener, accesses_of, has_only_loads_as_users
-from trimtab.backends.tvm.codegen.expression import Expr, calls_of, dtype_of, int_value, loads_of, product, rewrite
+from trimtab.backends.tvm.codegen.expression import (
+    Expr,
+    calls_of,
+    dtype_of,
+    int_value,
+    loads_of,
+    product,
+    rewrite,
+    variables_of,
+)
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
@@ -139,6 +148,9 @@ def lanes_for(stage: Stage, machine: Machine) -> int:
     """Lanes for a stage: those of its widest element type, one for calls that have no vector form."""
     if any(name in _SCALAR_CALLS for name in calls_of(stage.value)):
         return 1
+    wide = [axis for axis, extent in zip(stage.axes, stage.extents, strict=True) if int_value(extent) != 1]
+    if dtype_of(stage.value) == "bfloat16" and wide and wide[-1] not in variables_of(stage.value):
+        return 1  # TVM has no code for storing one bfloat16 to all lanes of a vector
     kinds = {str(stage.buffer.dtype), dtype_of(stage.value), *(str(a.source.dtype) for a in loads_of(stage.value))}
     if kinds == {"bool"}:
         return machine.lanes("int8")
