@@ -5,9 +5,9 @@
     python benchmarks/cpu_peers.py --read FILE [--chart FILE.svg]       # the tables and the chart of an earlier run
 
 Every system runs the same model on the same random inputs with the same number of threads.  Each is in a process of
-its own, so that the thread pools, memory and environment of one do not touch another, and compile time and memory are
-its own; the processes take turns in blocks of a few calls (measuring.py), so that a machine whose speed drifts slows
-all of them.  docs/performance.md says how that compares with one process for all.
+its own, so that the OpenMP library, allocator and environment of one do not touch another, and compile time and memory
+are its own; the processes take turns in blocks of a few calls (measuring.py), so that a machine whose speed drifts
+slows all of them.
 
 Printed are the median and the best of all calls; the median over Trimtab's at the same precision; the least time that
 the machine's limits allow (machine_peaks.py, measured in the same run) over the median; the error against the model in
@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -122,7 +123,7 @@ def measure_model(
         results.rows.append(make_row(job, by_label[label], values, workers[label].report, peaks))
 
 
-def make_row(job: Job, system: System, times: Sequence[float], report: dict[str, float], peaks: Peaks | None) -> Row:
+def make_row(job: Job, system: System, times: Sequence[float], report: dict[str, Any], peaks: Peaks | None) -> Row:
     """The figures of one system from the milliseconds of its calls."""
     median = statistics.median(times)
     least = least_seconds(job.facts, system.precision, peaks) if peaks else None
@@ -136,6 +137,7 @@ def make_row(job: Job, system: System, times: Sequence[float], report: dict[str,
         efficiency=least[0] * 1e3 / median if least else None,
         compile_seconds=report["compile_seconds"] if system.compiles else None,
         compile_peak_bytes=int(report["peak_bytes"]) if system.compiles else None,
+        note=report["note"],
     )
 
 

@@ -27,6 +27,7 @@ class Row:
         efficiency: the least time the machine's limits allow over the median; None where no limit was measured.
         compile_seconds: until the model can be called; None for a system that does not compile.
         compile_peak_bytes: resident memory of the process at most, packages and the model itself included.
+        note: what readers should know about how the model was compiled.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Row:
     efficiency: float | None = None
     compile_seconds: float | None = None
     compile_peak_bytes: int | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+LONGEST_BAR = 4.0
+"""Where the chart cuts off bars, so that one slow system does not flatten the others; the number beside it is whole."""
+
 HEADER = (
     f"{'system':13s} {'':4s} {'median ms':>10s} {'best ms':>9s} {'/ Trimtab':>9s} {'of limit':>8s} {'error':>8s} "
     f"{'compile s':>9s} {'peak GB':>7s}"
@@ -141,6 +146,9 @@ def model_lines(results: Results, model: str) -> Iterator[str]:
                 f"{_text(row.efficiency, '8.1%')} {row.error:8.1e} {_text(row.compile_seconds, '9.1f')} "
                 f"{_text(row.compile_peak_bytes and row.compile_peak_bytes / 1e9, '7.2f')}"
             )
+    for row in results.rows:
+        if row.model == model and row.note:
+            yield f"{row.system:13s} {row.precision:4s} note: {row.note}"
     for gap in results.missing:
         if gap.model == model:
             yield f"{gap.system:13s} {gap.precision:4s} missing: {gap.reason}"
@@ -197,8 +205,12 @@ def draw_chart(results: Results, path: Path) -> None:
             bars = [(models.index(row.model), ratio) for row in rows if (ratio := results.ratio(row)) is not None]
             if bars:
                 places = [place + (index - (len(peers) - 1) / 2) * width for place, _ in bars]
-                axis.barh(places, [ratio for _, ratio in bars], width, label=system, color=f"C{index}")
+                lengths = [min(ratio, LONGEST_BAR) for _, ratio in bars]
+                axis.barh(places, lengths, width, label=system, color=f"C{index}")
+                for place, length, (_, ratio) in zip(places, lengths, bars, strict=True):
+                    axis.text(length, place, f" {ratio:.2f}", va="center", fontsize=6)
         axis.axvline(1.0, color="black", linewidth=1)
+        axis.set_xlim(0, LONGEST_BAR * 1.1)
         axis.set_title(f"{precision}, {results.machine['threads']} threads")
         axis.set_xlabel("time / time of Trimtab")
         axis.set_yticks(range(len(models)), models)

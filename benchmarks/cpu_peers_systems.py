@@ -32,12 +32,14 @@ class System(ABC):
         precision: of the matrix products; inputs and outputs are float32 in any case.
         packages: distributions whose versions matter.
         compiles: whether anything is compiled, so that its time and memory mean something.
+        note: after `compile`, what readers should know about how the model was compiled.
     """
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     modules: ClassVar[tuple[str, ...]]
     compiles: ClassVar[bool] = True
+    note = ""
 
     def __init__(self, precision: Precision = "f32") -> None:
         self.precision: Precision = precision
@@ -220,8 +222,9 @@ class Iree(System):
         reasons = []
         for path, options in model:
             try:
-                code, weights = self._compile_file(path, options)
-                return self._bind(code, weights, job)
+                call = self._bind(*self._compile_file(path, options), job)
+                self.note = f"compiled with {' '.join(options)} because {reasons[0]}" if reasons else ""
+                return call
             except (subprocess.CalledProcessError, ValueError) as error:
                 reasons.append(f"{path.name} {' '.join(options)}: {_why(error)}")
         raise ValueError("; ".join(reasons))

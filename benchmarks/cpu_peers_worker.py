@@ -39,7 +39,8 @@ class Worker:
         label: the system, or None for the process that fills the job's folder.
 
     Attributes:
-        report: what the worker says about the preparation: ``compile_seconds``, ``peak_bytes`` and ``error``.
+        report: what the worker says about the preparation: ``compile_seconds``, ``peak_bytes``,
+            ``error`` and ``note``.
 
     Raises:
         WorkerError: the system failed, died, or took longer than ``limit`` seconds.
@@ -109,14 +110,14 @@ def peak_memory_bytes() -> int:
     return max(peak, own)
 
 
-def prepare(job: Job, system: System) -> tuple[Call, dict[str, float]]:
+def prepare(job: Job, system: System) -> tuple[Call, dict[str, Any]]:
     """The model of ``job`` ready to be called in this process, and what `Worker.report` says about it."""
     model = system.load(job)
     start = time.perf_counter()
     call = system.compile(model, job)
     seconds, peak = time.perf_counter() - start, peak_memory_bytes()
     error = largest_error(as_arrays(call()), job.expected)
-    return call, {"compile_seconds": seconds, "peak_bytes": peak, "error": error}
+    return call, {"compile_seconds": seconds, "peak_bytes": peak, "error": error, "note": system.note}
 
 
 def main() -> int:
