@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.backends.tvm.microkernels.llvm_text import Writer
+from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
 
 TILE_ROWS = 16
 ROW_BYTES = 64
@@ -77,6 +77,9 @@ def kernel_text(f: Writer, product: TileProduct, rows: int, columns: int) -> Non
 
     def step(state: list[str]) -> list[str]:
         a_offset, b = state
+        b_next = f.offset(b, TILE_ROWS * columns * 4)
+        for line in range(0, TILE_ROWS * columns * 4, LINE_BYTES):
+            f.prefetch(f.offset(b_next, line), level=1)
         for tile, row in zip(a_tiles, a_rows, strict=True):
             tile_op("tileloadd64", ("i8", str(tile)), ("ptr", f.offset(row, a_offset)), ("i64", a_stride))
         for j in widths:
@@ -85,7 +88,7 @@ def kernel_text(f: Writer, product: TileProduct, rows: int, columns: int) -> Non
             for i, a_tile in enumerate(a_tiles):
                 numbers = (i * len(widths) + j, a_tile, b_tile)
                 tile_op(product.intrinsic, *(("i8", str(number)) for number in numbers))
-        return [f.let(f"add i64 {a_offset}, {ROW_BYTES}"), f.offset(b, TILE_ROWS * columns * 4)]
+        return [f.let(f"add i64 {a_offset}, {ROW_BYTES}"), b_next]
 
     f.loop(f.let(f"sdiv exact i64 %depth, {product.depth_step}"), [("i64", "0"), ("ptr", "%b")], step)
     for tile, place in enumerate(c_places):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+LINE_BYTES = 64
+"""What a prefetch brings."""
+
 
 class Writer:
     """Collects the body of one function and what it refers to.
@@ -59,9 +62,10 @@ class Writer:
     def store(self, type: str, value: str, pointer: str, align: int) -> None:
         self.do(f"store {type} {value}, ptr {pointer}, align {align}")
 
-    def prefetch(self, pointer: str) -> None:
-        """Ask for the line at ``pointer``, which need not be valid, to be brought to the second-level cache."""
-        self.call("void", "llvm.prefetch.p0", ("ptr", pointer), ("i32", "0"), ("i32", "2"), ("i32", "1"))
+    def prefetch(self, pointer: str, level: int = 2) -> None:
+        """Ask for the line at ``pointer``, which need not be valid, to be brought to the cache of ``level``, 1 or 2."""
+        locality = str(4 - level)
+        self.call("void", "llvm.prefetch.p0", ("ptr", pointer), ("i32", "0"), ("i32", locality), ("i32", "1"))
 
     def settle(self, type: str, values: list[str], constraint: str) -> None:
         """Have ``values`` computed before anything that comes later is loaded. No instruction is generated for it.

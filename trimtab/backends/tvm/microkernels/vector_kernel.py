@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trimtab.backends.tvm.microkernels.isa import InstructionSet
-from trimtab.backends.tvm.microkernels.llvm_text import Writer
+from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
 from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleProduct, Product
-
-LINE_BYTES = 64
 
 
 class VectorKernel:
