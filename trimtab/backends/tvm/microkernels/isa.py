@@ -106,8 +106,12 @@ AVX2 = InstructionSet("avx2", "x86_64", _AVX2, 32, 16, 10,
                       {**_floats(half_features=("f16c",)), **_pmaddwd("llvm.x86.avx2.pmadd.wd", 3)})  # fmt: skip
 AVX_VNNI = replace(AVX2, name="avxvnni", products={**AVX2.products, **_vpdpbusd(256, "avxvnni")})
 
-AVX512 = InstructionSet("avx512", "x86_64", _AVX512, 64, 32, 8,
-                        {**_floats(), **_pmaddwd("llvm.x86.avx512.pmaddw.d.512", 8)})  # fmt: skip
+AVX512 = InstructionSet("avx512", "x86_64", _AVX512, 64, 32, 8, {
+    **_floats(),
+    **_pmaddwd("llvm.x86.avx512.pmaddw.d.512", 8),
+    "f32*i4": NibbleProduct("f32", "i4", "f32", group=2, parts=2, temporaries=1,
+                            permutation="llvm.x86.avx512.permvar.sf.512"),
+})  # fmt: skip
 AVX512_VNNI = replace(AVX512, name="avx512vnni", chains=10,
                       products={**AVX512.products, **_vpdpbusd(512, "avx512vnni")})  # fmt: skip
 AVX512_BF16 = replace(AVX512_VNNI, name="avx512bf16", chains=12, products={

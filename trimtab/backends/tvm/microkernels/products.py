@@ -123,9 +123,14 @@ class NibbleProduct(Product):
     """f32 times signed 4-bit weights: two k in a byte of B, the even one in the low half.
 
     The weights of ``scale_group`` consecutive k of a column share an f32 scale, and are summed before they are scaled.
+
+    Attributes:
+        permutation: an instruction that picks lanes of a register by the low four bits of its indices. It turns a
+            weight into f32 by a table of all sixteen, where otherwise two shifts and a conversion are needed.
     """
 
     scale_group: int = 32
+    permutation: str = ""
 
     @property
     def depth_step(self) -> int:
@@ -137,6 +142,11 @@ class NibbleProduct(Product):
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
         bits = f"<{lanes} x i32>"
         pairs = f.let(f"sext <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, 1)} to {bits}")
+        if self.permutation:
+            real = f"<{lanes} x float>"
+            table = "<" + ", ".join(f"float {n - 16 if n > 7 else n}.0" for n in range(16)) + ">"
+            indices = (pairs, f.let(f"lshr {bits} {pairs}, splat (i32 4)"))
+            return [f.call(real, self.permutation, (real, table), (bits, index)) for index in indices]
         even = f.let(f"ashr {bits} {f.let(f'shl {bits} {pairs}, splat (i32 28)')}, splat (i32 28)")
         odd = f.let(f"ashr {bits} {pairs}, splat (i32 4)")
         return [f.let(f"sitofp {bits} {value} to <{lanes} x float>") for value in (even, odd)]
