@@ -107,15 +107,15 @@ class Results:
 def least_seconds(facts: Facts, precision: str, peaks: Peaks) -> tuple[float, str] | None:
     """The least time one evaluation can take on this machine, and what limits it: ``compute`` or ``memory``.
 
-    Weights count against memory only where they are larger than the last-level cache: smaller ones stay there between
-    the calls of a benchmark.
+    Weights count against memory only where they are larger than a quarter of the last-level cache, which programs and
+    virtual machines on other cores share: smaller ones stay there between the calls of a benchmark.
     """
     rate = peaks.of(precision)
     if not rate:
         return None
     compute = 2 * facts.macs / rate
     weights = facts.weight_bytes * BYTES[precision] // BYTES["f32"]
-    memory = (weights + facts.cache_bytes) / peaks.read_bandwidth if weights > last_level_cache_bytes() else 0.0
+    memory = (weights + facts.cache_bytes) / peaks.read_bandwidth if 4 * weights > last_level_cache_bytes() else 0.0
     return max((compute, "compute"), (memory, "memory"))
 
 
