@@ -92,10 +92,12 @@ def test_every_op_class_is_compiled_or_refused_with_a_reason() -> None:
     assert without == {"fused", "repeat", "opaque"}  # the emitter and the capability check handle these
 
 
-@pytest.mark.parametrize("shape", [(64, 8), (65, 7), (1, 3), (3, 50, 9)])
-def test_panel_layout_is_invertible_and_streams_the_same_bytes(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "group"), [((64, 8), 1), ((65, 7), 1), ((1, 3), 1), ((3, 50, 9), 1), ((65, 8), 2), ((3, 50, 12), 4)]
+)
+def test_panel_layout_is_invertible_and_streams_the_same_bytes(shape: tuple[int, ...], group: int) -> None:
     data = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    layout = Layout("panels", 48)
+    layout = Layout("panels", 48, group)
     stored = layout.pack(data)
     assert stored.shape == layout.stored_shape(shape)
     assert torch.equal(layout.unpack(stored, shape), data)
@@ -105,7 +107,8 @@ def test_panel_layout_is_invertible_and_streams_the_same_bytes(shape: tuple[int,
     )
     assert streamed == stored.numpy().tobytes()
     n, k = shape[-2] - 1, shape[-1] - 1
-    assert stored[..., n // 48, k, n % 48].tolist() == data[..., n, k].tolist()
+    place = (n // 48, k // group, n % 48, k % group) if group > 1 else (n // 48, k, n % 48)
+    assert stored[(..., *place)].tolist() == data[..., n, k].tolist()
 
 
 def test_a_failure_of_tvm_is_traced_to_the_op_and_the_user_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from trimtab.backends.base import KernelCall
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.kernel_calls import calls_in_order, describe_call
 from trimtab.backends.tvm.kernels import Inner, Kernel, Leaf, Source, build_function, is_one_kernel, lowering
-from trimtab.backends.tvm.layouts import Layout, choose_layouts, packed_inputs, stored_form
+from trimtab.backends.tvm.layouts import PLAIN, Layout, choose_layouts, packed_inputs, stored_form
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.registry import Scope, tvm_dtype
 from trimtab.backends.tvm.views import View, view_of
@@ -81,7 +81,7 @@ class _ModuleEmitter:
         self.origins: dict[str, list[Op]] = {}
         self.calls: dict[str, KernelCall] = {}
         self.bodies: dict[Op, _Body] = {}
-        self.packed: dict[Value, int] = packed_inputs(module, self.layouts)
+        self.packed: dict[Value, Layout] = packed_inputs(module, self.layouts)
 
     def emit(self) -> Emitted:
         graph = self.module.main
@@ -142,10 +142,10 @@ class _ModuleEmitter:
         return found
 
     def _input_type(self, value: Value, scope: Scope) -> Any:
-        block = self.packed.get(value, 0)
-        if not block:
+        layout = self.packed.get(value, PLAIN)
+        if layout.is_plain:
             return _relax_type(value.type, scope)
-        shape = Layout("panels", block).stored_shape(tuple(int(d) for d in value.type.shape))  # type: ignore[arg-type]
+        shape = layout.stored_shape(tuple(int(d) for d in value.type.shape))  # type: ignore[arg-type]
         return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(value.type.dtype))
 
     def _weight_type(self, id: str) -> Any:
@@ -281,14 +281,13 @@ class _GraphEmitter:
             narrow = stored_form(value)
             value = self.outside.get(narrow, narrow)
         if value.is_weight:
-            layout = self.owner.layouts[value.weight]
-            return Leaf(value.type, self.weights[value.weight], packed=layout.block if not layout.is_plain else 0)
+            return Leaf(value.type, self.weights[value.weight], layout=self.owner.layouts[value.weight])
         rule = rule_for(op)
         if rule is not None and rule.absorbs_permute:
             view = view_of(value)
             if view.moves and not view.base.is_weight and _constant_producer(view.base) is None:
                 return self._viewed(value, view)
-        return Leaf(value.type, self.read(value), packed=self.owner.packed.get(value, 0))
+        return Leaf(value.type, self.read(value), layout=self.owner.packed.get(value, PLAIN))
 
     def _viewed(self, value: Value, view: View) -> Leaf:
         """``value`` read where it lies in the base of ``view``."""

@@ -11,6 +11,7 @@ from tvm import s_tir, te, tirx
 
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import LOOPS
+from trimtab.backends.tvm.layouts import PLAIN, Layout
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.creation import constant_of
 from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, const, tvm_dtype
@@ -29,7 +30,7 @@ class Leaf:
         type: its type in the IR.
         expr: the Relax expression of the tensor; None for a constant, and where there is nothing to read.
         constant: the op that makes the constant.
-        packed: columns per panel of a packed weight; 0 when plain.
+        layout: how it is stored.
         order, starts, stored: which axis of the tensor each axis is, where the leaf begins along the tensor's axes,
             and the tensor's type, when the leaf is a view of a larger or permuted tensor.
     """
@@ -37,7 +38,7 @@ class Leaf:
     type: TensorType
     expr: Any = None
     constant: Op | None = None
-    packed: int = 0
+    layout: Layout = PLAIN
     order: tuple[int, ...] = ()
     starts: tuple[Dim, ...] = ()
     stored: TensorType | None = None
@@ -46,7 +47,7 @@ class Leaf:
     def key(self) -> tuple[Any, ...]:
         """Equal for leaves that give the same code."""
         constant = self.constant and (self.constant.name, *map(repr, self.constant.attributes.values()))
-        return (self.type, self.packed, self.order, self.starts, self.stored, constant, self.expr is None)
+        return (self.type, self.layout, self.order, self.starts, self.stored, constant, self.expr is None)
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,11 @@ def _leaf_operands(kernel: Kernel, scope: Scope, declare: Callable[..., Any]) ->
             operands.append(Operand(leaf.type, shape, constant=value))
             continue
         stored = scope.shape((leaf.stored or leaf.type).shape)
-        if leaf.packed:
-            columns, depth = (int(d) for d in leaf.type.shape)  # type: ignore[arg-type]
-            stored = scope.shape((-(-columns // leaf.packed), depth, leaf.packed))
+        if not leaf.layout.is_plain:
+            stored = scope.shape(leaf.layout.stored_shape(tuple(int(d) for d in leaf.type.shape)))  # type: ignore[arg-type]
         tensors.append(declare(stored, dtype, name=f"x{len(tensors)}"))
         starts = tuple(scope.shape(leaf.starts))
-        operands.append(Operand(leaf.type, shape, tensors[-1], packed=leaf.packed, order=leaf.order, starts=starts))
+        operands.append(Operand(leaf.type, shape, tensors[-1], layout=leaf.layout, order=leaf.order, starts=starts))
     return operands, tensors
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.microkernels.tiles import preferred_tiles
 from trimtab.ir import ops
 from trimtab.ir.core import Module, Use, Value
 from trimtab.ir.dtypes import DType
@@ -25,11 +26,15 @@ class Layout:
     """Storage order of a weight.
 
     ``kind="plain"``: row-major, as in the IR.  ``kind="panels"``: a matrix ``[N, K]`` stored as
-    ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N.
+    ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
+    ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
+    ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
+    quadruples read it.
     """
 
     kind: str = "plain"
     block: int = 0
+    group: int = 1
 
     @property
     def is_plain(self) -> bool:
@@ -40,7 +45,8 @@ class Layout:
         if self.is_plain:
             return shape
         *stack, rows, depth = shape
-        return (*stack, -(-rows // self.block), depth, self.block)
+        inner = (self.block, self.group) if self.group > 1 else (self.block,)
+        return (*stack, -(-rows // self.block), depth // self.group, *inner)
 
     def pack(self, data: torch.Tensor) -> torch.Tensor:
         """The stored form of ``data``."""
@@ -51,22 +57,27 @@ class Layout:
         full = data.new_zeros(*stack, padded, depth) if padded != rows else data
         if padded != rows:
             full[..., :rows, :] = data
-        return full.reshape(*stack, -1, self.block, depth).transpose(-1, -2).contiguous()
+        grouped = full.reshape(*stack, -1, self.block, depth // self.group, self.group).transpose(-2, -3)
+        return (grouped if self.group > 1 else grouped.squeeze(-1)).contiguous()
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The plain form of what :meth:`pack` made from a weight of ``shape``."""
         if self.is_plain:
             return stored
         *stack, rows, depth = shape
-        return stored.transpose(-1, -2).reshape(*stack, -1, depth)[..., :rows, :].contiguous()
+        grouped = stored if self.group > 1 else stored.unsqueeze(-1)
+        return grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :].contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a manifest."""
-        return {"kind": self.kind, "block": self.block} if not self.is_plain else {"kind": "plain"}
+        if self.is_plain:
+            return {"kind": "plain"}
+        group = {"group": self.group} if self.group > 1 else {}
+        return {"kind": self.kind, "block": self.block, **group}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Layout:
-        return Layout(data["kind"], data.get("block", 0))
+        return Layout(data["kind"], data.get("block", 0), data.get("group", 1))
 
 
 PLAIN = Layout()
@@ -97,18 +108,18 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
     for id, uses in readers.items():
         weight = module.weights[id]
         packable = bool(uses) and weight.type.dtype.is_floating and all(map(_is_linear_weight, uses))
-        layouts[id] = Layout("panels", _panel_width(weight, machine)) if packable else PLAIN
+        layouts[id] = _panels(weight, uses, machine) if packable else PLAIN
     return layouts
 
 
-def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, int]:
-    """Inputs of repeat bodies that are slices of packed stacked weights, with their panel width."""
-    packed: dict[Value, int] = {}
+def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, Layout]:
+    """Inputs of repeat bodies that are slices of packed stacked weights, with the layout of a slice."""
+    packed: dict[Value, Layout] = {}
     for op in module.walk():
         if isinstance(op, ops.Repeat):
             for value, inner in zip(op.stacked, op.body.inputs[len(op.carried) :], strict=False):
                 if value.is_weight and not layouts[value.weight].is_plain:
-                    packed[inner] = layouts[value.weight].block
+                    packed[inner] = layouts[value.weight]
     return packed
 
 
@@ -139,6 +150,28 @@ def _is_matrix_of_linear(use: Use) -> bool:
     if isinstance(op, ops.Fused):
         return all(map(_is_matrix_of_linear, op.body.inputs[use.index].uses))
     return isinstance(op, ops.Linear) and use.index == 1
+
+
+def _panels(weight: Weight, uses: list[Use], machine: Machine) -> Layout:
+    """Panels in the order that the fastest product of the weight's type reads."""
+    depth = int(weight.type.shape[-1])  # type: ignore[arg-type]
+    if weight.type.dtype is DType.BF16 and all(map(_meets_its_own_type, uses)):
+        for isa in machine.instruction_sets:
+            product = isa.products.get("bf16")
+            if product is not None and product.group > 1 and depth % product.depth_step == 0:
+                tile = preferred_tiles(isa, "bf16")[0]
+                return Layout("panels", tile.vectors * isa.lanes, product.group)
+    return Layout("panels", _panel_width(weight, machine))
+
+
+def _meets_its_own_type(use: Use) -> bool:
+    """Whether the matrix, or each slice of a stack of them, is multiplied by activations of its own type."""
+    op = use.user
+    if isinstance(op, ops.Linear):
+        return op.x.type.dtype is op.weight.type.dtype
+    if isinstance(op, ops.Fused | ops.Repeat):
+        return all(map(_meets_its_own_type, op.body.inputs[use.index].uses))
+    return False
 
 
 def _panel_width(weight: Weight, machine: Machine) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
-from trimtab.backends.tvm.microkernels.available import available_sets
+from trimtab.backends.tvm.microkernels.available import all_features, available_sets
 from trimtab.cores import usable_cores
 from trimtab.errors import UsageError
 
@@ -113,8 +113,10 @@ def native_target() -> TargetSpec:
     wide = all(feature in flags for feature in _V4)
     machine = AVX512 if wide else AVX2 if all(feature in flags for feature in _V3) else SCALAR
     wanted = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": _LINUX_X86, "mcpu": cpu}))
-    known = sorted(set(map(str, wanted)) & flags)
-    return TargetSpec("native", _LINUX_X86, cpu, tuple(known), machine)
+    # A virtual machine may show the model number of another processor; the micro-kernels go by the flags alone.
+    known = sorted((set(map(str, wanted)) | all_features()) & flags)
+    more = [f"+{feature}" for feature in known if feature not in set(map(str, wanted))]
+    return TargetSpec("native", _LINUX_X86, cpu, tuple(known), machine, extra={"mattr": more} if more else {})
 
 
 _PROC_NAMES = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "lahf_lm": "sahf", "abm": "lzcnt", "bmi1": "bmi",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import ir, tirx
@@ -21,7 +22,15 @@ from trimtab.backends.tvm.codegen.contraction import (
     accesses_of,
     has_only_loads_as_users,
 )
-from trimtab.backends.tvm.codegen.expression import Expr, as_index, constant_factor, int_value, product, rewrite
+from trimtab.backends.tvm.codegen.expression import (
+    Expr,
+    as_index,
+    constant_factor,
+    int_value,
+    product,
+    rewrite,
+    variables_of,
+)
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
@@ -41,13 +50,16 @@ from trimtab.backends.tvm.codegen.loops import (
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, choose_tile, each_vector
 from trimtab.backends.tvm.codegen.tile_product import (
-    StridedRows,
+    SHORT,
     TileProducts,
     product_kind,
     strided_rows,
     without_casts,
 )
 from trimtab.backends.tvm.codegen.vector_math import lower_call
+from trimtab.backends.tvm.microkernels import InstructionSet
+from trimtab.backends.tvm.microkernels.tiles import tallest
+from trimtab.ir.dtypes import DType
 
 FIRST = tirx.const(0, "int32")
 """A micro-kernel's argument: overwrite what was there."""
@@ -55,6 +67,14 @@ PANELS_TOGETHER = 4
 """Panels whose sums are kept while the depth is covered part by part."""
 DEPTH_STEP = 64
 """Parts of the depth are multiples of this, as the micro-kernels of narrow types want them."""
+
+
+@dataclass(frozen=True)
+class PackedPanels:
+    """How a packed factor lies in memory: columns of a panel, and consecutive k that are interleaved."""
+
+    columns: int
+    group: int
 
 
 class ContractionKernel:
@@ -73,18 +93,40 @@ class ContractionKernel:
         self.k_linear_a = self.k.is_linear(accesses_of(contraction.a)) and has_only_loads_as_users(
             contraction.a, contraction.k
         )
-        self.tile = choose_tile(machine, self.dtype, self.m.extent, self.n.extent, self._packed_width())
+        self.panels = self._packed_panels()
+        self.a_rows = strided_rows(contraction, self.m, self.k)
+        self.tile = self._choose_tile()
         self.direct = self._reads_b_directly()
-        self.products, self.a_rows = self._micro_kernels()
+        self.products = self._micro_kernels()
 
-    def _micro_kernels(self) -> tuple[TileProducts | None, StridedRows | None]:
-        """The micro-kernels and the rows that they read, where the factors are of the form that they need."""
-        kind = product_kind(self.c, packs_b=not self.direct)
-        isa = self.machine.instruction_set(kind)
-        rows = strided_rows(self.c, self.m, self.k) if isa is not None else None
-        if isa is None or rows is None or (self.direct and self._b_coefficients()[1] != self.tile.columns):
-            return None, None
-        return TileProducts(isa, kind), rows
+    def _choose_tile(self) -> Tile:
+        rows, columns = self.m.extent, self.n.extent
+        if self.panels is None or self.panels.group == 1:
+            width = None if self.panels is None else self.panels.columns
+            return choose_tile(self.machine, self.dtype, rows, columns, width)
+        isa = self._instruction_set(packs_b=False)
+        lanes = self.machine.lanes(self.dtype)
+        highest = tallest(isa, self._kind(packs_b=False), self.panels.columns // isa.lanes) if isa else None
+        known = int_value(rows)
+        height = highest.rows if highest else 1
+        # Tiles of nearly equal height: the last one starts early, and rows computed twice are lost.
+        return Tile(height if known is None else -(-known // -(-known // height)), self.panels.columns, lanes)
+
+    def _kind(self, packs_b: bool) -> str:
+        """The kind of data that micro-kernels would multiply; B is packed to panels of the working type, or lies so."""
+        return product_kind(self.c, packs_b) if self.a_rows is not None else ""
+
+    def _instruction_set(self, packs_b: bool) -> InstructionSet | None:
+        group = 1 if packs_b or self.panels is None else self.panels.group
+        return self.machine.instruction_set(self._kind(packs_b), int_value(self.k.extent), group)
+
+    def _micro_kernels(self) -> TileProducts | None:
+        """The micro-kernels, where the factors are of the form that they need."""
+        isa = self._instruction_set(packs_b=not self.direct)
+        grouped = self.panels is not None and self.panels.group > 1
+        if isa is None or (self.direct and not grouped and self._b_coefficients()[1] != self.tile.columns):
+            return None
+        return TileProducts(isa, self._kind(packs_b=not self.direct))
 
     def generate(self) -> Stmt:
         """The whole kernel, parallel over batch, column panels and (when those are few) row blocks."""
@@ -122,10 +164,12 @@ class ContractionKernel:
 
     def _depth_block(self) -> int:
         """Depth to take at a time so that the rows of A stay in the cache while panels pass; 0 for all at once."""
-        rows, depth, panels = int_value(self.m.extent), int_value(self.k.extent), self._packed_width()
-        if self.products is None or rows is None or depth is None or panels is None or self.c.batch:
+        rows, depth = int_value(self.m.extent), int_value(self.k.extent)
+        if self.products is None or self.a_rows is None or self.panels is None or self.c.batch:
             return 0
-        room = self.machine.cache_bytes // 2 // 4
+        if rows is None or depth is None:
+            return 0
+        room = self.machine.cache_bytes // 2 // (DType(SHORT[self.a_rows.dtype]).bits // 8)
         if rows <= 2 * self.tile.rows or rows * depth <= room:
             return 0
         count = -(-rows * depth // room)
@@ -137,7 +181,7 @@ class ContractionKernel:
         assert self.a_rows is not None
         products, a_rows, tile, step = self.products, self.a_rows, self.tile, self._depth_block()
         rows, depth = int(self.m.extent), int(self.k.extent)
-        panels, tiles, blocks = -(-int(self.n.extent) // tile.columns), -(-rows // tile.rows), -(-depth // step)
+        panels, tiles = -(-int(self.n.extent) // tile.columns), -(-rows // tile.rows)
         together = max(1, min(PANELS_TOGETHER, panels // self.machine.threads))
 
         def start_of(t: Expr) -> Expr:
@@ -151,16 +195,15 @@ class ContractionKernel:
                 return without_casts(self._b_at({}, self.k.at(k, True), (first + p) * index(tile.columns)))
 
             def with_sums(sums: Any) -> Stmt:
-                def add(block: Expr, p: Expr) -> Stmt:
-                    k = block * index(step)
+                def add(k: Expr, length: int, p: Expr) -> Stmt:
                     last = tirx.EQ(p + index(1), held)
                     wanted = place(tirx.Select(last, index(0), p + index(1)), tirx.Select(last, k + index(step), k))
                     return loop(
                         tiles,
                         lambda t: products.call(
                             tile, a_rows.at({}, start_of(t), k), a_rows.stride, place(p, k),
-                            load(sums, p, t, index(0), index(0)), minimum(index(step), index(depth) - k),
-                            tirx.Cast("int32", block > index(0)), wanted, t,
+                            load(sums, p, t, index(0), index(0)), index(length),
+                            tirx.Cast("int32", k > index(0)), wanted, t,
                         ),
                         name="tile",
                     )  # fmt: skip
@@ -169,8 +212,15 @@ class ContractionKernel:
                     column = (first + p) * index(tile.columns)
                     return self._store(lambda r, c: load(sums, p, t, r, c), tile.rows, start_of(t), column, {})
 
+                def part(k: Expr, length: int) -> Stmt:
+                    return loop(held, lambda p: add(k, length, p), name="panel")
+
+                # The lengths are constants: LLVM inlines the micro-kernel only then.
+                parts = [loop(depth // step, lambda block: part(block * index(step), step), name="block")]
+                if depth % step:
+                    parts.append(part(index(depth // step * step), depth % step))
                 return sequence(
-                    loop(blocks, lambda block: loop(held, lambda p: add(block, p), name="panel"), name="block"),
+                    products.around(tile, sequence(*parts)),
                     loop(held, lambda p: loop(tiles, lambda t: write(p, t), name="tile"), name="panel"),
                 )
 
@@ -281,6 +331,9 @@ class ContractionKernel:
                     write,
                 )  # fmt: skip
 
+            return self.products.around(tile, cover(height, one)) if self.products else cover(height, one)
+
+        def cover(height: int, one: Callable[[Expr], Stmt]) -> Stmt:
             if int_value(rows) == height:
                 return one(index(0))
             count = ceil_div(rows, height)
@@ -374,12 +427,17 @@ class ContractionKernel:
             )
         return self._n_linear_b_cached
 
-    def _packed_width(self) -> int | None:
-        """Columns per panel when B is stored as ``[panels, depth, columns]``."""
+    def _packed_panels(self) -> PackedPanels | None:
+        """Whether B is stored as ``[panels, depth, columns]`` or ``[panels, depth / group, columns, group]``."""
         b = without_casts(self.c.b)
         if not isinstance(b, ir.TensorLoad) or len(self.c.n) != 1 or len(b.source.shape) < 3:
             return None
-        return int_value(b.source.shape[-1]) if isinstance(b.indices[-1], tirx.FloorMod) else None
+        if not isinstance(b.indices[-1], tirx.FloorMod):
+            return None
+        sizes = [int_value(extent) or 0 for extent in b.source.shape]
+        if variables_of(b.indices[-1]) & {axis for axis, _ in self.c.n}:
+            return PackedPanels(sizes[-1], 1)
+        return PackedPanels(sizes[-2], sizes[-1])
 
     def _b_coefficients(self) -> tuple[int | None, int | None]:
         """Steps of B's position along a column and along k inside a panel; None where not constant or not linear."""
@@ -400,10 +458,12 @@ class ContractionKernel:
         return int_value(analyzer.simplify(found[0])), int_value(analyzer.simplify(found[1]))
 
     def _reads_b_directly(self) -> bool:
+        if self.panels is not None and self.panels.group > 1:
+            return self._instruction_set(packs_b=False) is not None
         step, depth_step = self._b_coefficients()
-        if step != 1 or (isinstance(self.c.b, tirx.Cast) and not self._widens_in_registers()):
+        if step != 1 or (isinstance(self.c.b, tirx.Cast) and self._instruction_set(packs_b=False) is None):
             return False
-        if self._packed_width() is not None:
+        if self.panels is not None:
             return True
         n_known, rows = int_value(self.n.extent), int_value(self.m.extent)
         if n_known is None or n_known % self.tile.columns:
@@ -411,11 +471,6 @@ class ContractionKernel:
         few_rows = rows is not None and rows <= 2 * self.tile.rows
         narrow = n_known <= self.tile.columns * 2
         return few_rows or narrow or depth_step == self.tile.columns
-
-    def _widens_in_registers(self) -> bool:
-        """Whether a micro-kernel reads the second factor in the narrow type that it is stored in."""
-        known = self.machine.instruction_set(product_kind(self.c, packs_b=False)) is not None
-        return known and strided_rows(self.c, self.m, self.k) is not None
 
     def _b_is_transposed(self) -> bool:
         step, depth_step = self._b_coefficients()

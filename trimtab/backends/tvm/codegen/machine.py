@@ -38,9 +38,18 @@ class Machine:
         """Elements of ``dtype`` in a vector register."""
         return max(1, self.vector_bytes // _BYTES.get(dtype, 4))
 
-    def instruction_set(self, kind: str, group: int = 1) -> InstructionSet | None:
-        """The fastest instruction set that multiplies ``kind`` of data with ``group`` consecutive k interleaved."""
-        return next((isa for isa in self.instruction_sets if (p := isa.products.get(kind)) and p.group == group), None)
+    def instruction_set(self, kind: str, depth: int | None, group: int = 1) -> InstructionSet | None:
+        """The fastest instruction set that multiplies ``kind`` of data.
+
+        Args:
+            depth: length of the sums; None when it is not known, which suits only products that take any.
+            group: how many consecutive k are interleaved in the second factor.
+        """
+        for isa in self.instruction_sets:
+            found = isa.products.get(kind)
+            if found and found.group == group and (found.depth_step == 1 or (depth and depth % found.depth_step == 0)):
+                return isa
+        return None
 
 
 def _tiles(isa: InstructionSet) -> tuple[tuple[int, int], ...]:

@@ -15,13 +15,13 @@ from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, accesses_of, has_only_loads_as_users
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
-from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index
+from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, sequence
 from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, microkernel
 from trimtab.ir.dtypes import DType
 
 LINE_BYTES = 64
-_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def product_kind(contraction: Contraction, packs_b: bool) -> str:
     """
     work = str(contraction.stage.buffer.dtype)
     a, b = _stored_type(contraction.a), work if packs_b else _stored_type(contraction.b)
-    if work != "float32" or a not in _SHORT or b not in _SHORT:
+    if work != "float32" or a not in SHORT or b not in SHORT:
         return ""
-    return _SHORT[a] if a == b else f"{_SHORT[a]}*{_SHORT[b]}"
+    return SHORT[a] if a == b else f"{SHORT[a]}*{SHORT[b]}"
 
 
 def without_casts(factor: Expr) -> Expr:
@@ -91,6 +91,8 @@ def _stored_type(factor: Expr) -> str:
 
 def _pointer(element: Any, access: str, ahead: Expr | int = 0) -> Expr:
     """The address ``ahead`` elements behind ``element``, in a form that storage planning knows as an access."""
+    if str(element.source.dtype) == "bfloat16":
+        return tirx.address_of(tirx.BufferLoad(element.source, [*element.indices[:-1], element.indices[-1] + ahead]))
     return element.source.access_ptr(access, offset=flat_offset(element.source.shape, element.indices) + ahead)
 
 
@@ -123,6 +125,12 @@ class TileProducts:
             as_index(depth), accumulate, _pointer(wanted, "r", ahead),
         ]  # fmt: skip
         return tirx.Evaluate(tirx.call_extern("int32", kernel.name, *arguments))
+
+    def around(self, tile: Tile, body: Stmt) -> Stmt:
+        """``body``, which calls kernels of one tile, with what the processor needs before and after in each thread."""
+        kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns)
+        calls = [tirx.Evaluate(tirx.call_extern("int32", name)) for name in (kernel.setup, kernel.teardown) if name]
+        return sequence(calls[0], body, calls[1]) if calls else body
 
     def link(self, body: Stmt) -> Stmt:
         """``body`` with the code of the kernels that it calls."""

@@ -25,3 +25,9 @@ def available_sets(triple: str, features: Collection[str]) -> tuple[isa.Instruct
             products = {kind: p for kind, p in candidate.products.items() if have.issuperset(p.features)}
             found.append(replace(candidate, products=products))
     return tuple(found)
+
+
+def all_features() -> set[str]:
+    """Every CPU feature, in LLVM's names, that some micro-kernel uses."""
+    needed = {feature for candidate in FASTEST_FIRST for feature in candidate.features}
+    return needed | {f for candidate in FASTEST_FIRST for p in candidate.products.values() for f in p.features}

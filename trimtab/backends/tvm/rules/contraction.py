@@ -37,11 +37,7 @@ def _linear(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | 
 
     def term(*indices: Expr) -> Expr:
         *rows, column = indices
-        if weight.packed:
-            panel = i64(weight.packed)
-            factor = weight(tirx.floordiv(column, panel), k.var, tirx.floormod(column, panel))
-        else:
-            factor = weight(column, k.var)
+        factor = weight.packed(column, k.var)
         return te.sum(cast(x(*rows, k.var), work) * cast(factor, work), axis=k)
 
     shape = scope.shape(op.result.type.shape)

@@ -16,6 +16,7 @@ from tvm import te, tirx
 from trimtab.backends.tvm.codegen.expression import let
 from trimtab.backends.tvm.codegen.loops import store
 from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.layouts import PLAIN, Layout
 from trimtab.ir.dims import Dim, as_symbol, evaluate, symbols_of
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
@@ -84,7 +85,7 @@ class Operand:
         shape: its extents.
         tensor: the TE tensor, None for a scalar constant.
         constant: the value when the operand is a constant fill.
-        packed: columns per panel when a weight is stored as ``[panels, K, columns]``; 0 when plain.
+        layout: how a weight is stored; one that is not plain is read by :meth:`packed` instead of by its own indices.
         order: where each axis lies in ``tensor`` when that holds the axes in another order; empty when not.
         starts: the index of the first element along each axis of ``tensor`` when that holds more; empty when not.
     """
@@ -93,7 +94,7 @@ class Operand:
     shape: list[Expr]
     tensor: Any = None
     constant: Expr | None = None
-    packed: int = 0
+    layout: Layout = PLAIN
     order: tuple[int, ...] = ()
     starts: tuple[Expr, ...] = ()
 
@@ -113,6 +114,16 @@ class Operand:
         if self.starts:
             place = tuple(start + index for start, index in zip(self.starts, place, strict=True))
         return self.tensor(*place) if isinstance(self.tensor, te.Tensor) else tirx.BufferLoad(self.tensor, list(place))
+
+    def packed(self, row: Expr, column: Expr) -> Expr:
+        """The element (row, column) of a matrix, however it is stored."""
+        if self.layout.is_plain:
+            return self(row, column)
+        block, group = i64(self.layout.block), i64(self.layout.group)
+        panel, within = tirx.floordiv(row, block), tirx.floormod(row, block)
+        if self.layout.group == 1:
+            return self(panel, column, within)
+        return self(panel, tirx.floordiv(column, group), within, tirx.floormod(column, group))
 
     def broadcast(self, indices: Sequence[Expr], shape: Sequence[Dim] | None = None) -> Expr:
         """The element that the result's ``indices`` read under numpy broadcasting.
