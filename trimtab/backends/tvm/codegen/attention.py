@@ -1,8 +1,10 @@
 """Loops for scaled dot-product attention.
 
-One task handles a head (or a block of its queries): the keys are transposed once into panels, then for each tile of
-queries the scores are computed by the register-tiled product, masked, normalised and multiplied by the values while
-they are in cache.  The full score matrix never exists.  A row that may attend to nothing gives zeros, as in torch.
+One task handles a key head and the query heads that read it, or a share of their queries.  Keys are transposed once
+into panels and values copied into panels; then for each tile of queries the scores are computed, turned into powers
+and multiplied by the values while they are in cache.  The full score matrix never exists: where its rows are long, a
+block of keys at a time is taken, and the sums are corrected when a larger score is found (T. Dao et al.,
+"FlashAttention", 2022).  A row that may attend to nothing gives zeros, as in torch.
 """
 
 from __future__ import annotations
@@ -14,13 +16,11 @@ from typing import Any
 
 from tvm import tirx
 
-from trimtab.backends.tvm.codegen.comparison import eq, larger
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
     ceil_div,
-    floor_div,
     index,
     lanes_of,
     load,
@@ -29,13 +29,19 @@ from trimtab.backends.tvm.codegen.loops import (
     scratch,
     sequence,
     store,
+    vectors,
 )
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, each_vector
-from trimtab.backends.tvm.codegen.vector_math import lower_call
+from trimtab.backends.tvm.codegen.packed_product import PackedProduct
+from trimtab.backends.tvm.codegen.softmax_row import RowSoftmax
 
 Read = Callable[..., Expr]
 Write = Callable[..., Stmt]
+
+TILES_TOGETHER = 8
+"""Tiles of queries that take a block of keys one after the other while it is in the cache."""
+TASKS_PER_THREAD = 4
+"""With so many tasks for each thread it does not matter that the number of threads does not divide them."""
 
 
 @dataclass
@@ -69,8 +75,20 @@ class AttentionProblem:
     dtype: str
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """What a task keeps: packed operands, a tile of scores, and sums of a few tiles."""
+
+    keys: Any
+    values: Any
+    scores: Any
+    sums: Any
+    largest: Any
+    totals: Any
+
+
 def attention_loops(machine: Machine, p: AttentionProblem) -> Stmt:
-    """The whole kernel, parallel over batch, heads and, when heads are few, blocks of queries."""
+    """The whole kernel, parallel over batch, key heads and, when those are few, the queries of a head."""
     return _Attention(machine, p).generate()
 
 
@@ -78,271 +96,250 @@ class _Attention:
     def __init__(self, machine: Machine, problem: AttentionProblem) -> None:
         self.p = problem
         self.machine = machine
-        self.lanes = machine.lanes(problem.dtype)
-        rows, vectors = self._choose_tile()
-        known = int_value(problem.queries)
-        # Tiles of nearly equal height: the last one starts early, and rows computed twice are lost.
-        self.rows = rows if known is None else -(-known // -(-known // rows))
-        self.panel = vectors * self.lanes
-        self.panels = ceil_div(problem.keys, self.panel)
-        self.padded_width = -(-problem.width // self.lanes) * self.lanes
-        self.low = tirx.const(-math.inf, problem.dtype)
+        self.product = PackedProduct(machine, problem.dtype)
+        self.softmax = RowSoftmax(problem.dtype, self.product.lanes, problem.scale, problem.mask_is_bool)
+        self.rows = self._rows()
+        self.block = self._block()
+        known = int_value(problem.keys)
+        self.single = known is not None and known <= self.block
+        self.together = 1 if self.single else TILES_TOGETHER
+        self.panels = self.product.panels(problem.keys, equal=not self.single)
+        self.width = sum(columns for _, columns in self.product.known_panels(problem.width))
+        self.shared = problem.heads // problem.key_heads
 
-    def _choose_tile(self) -> tuple[int, int]:
-        """Rows and vectors of the register tile: the one that pads known keys least, else a balanced one."""
-        balanced = next((tile for tile in self.machine.tiles if tile[0] == 6), self.machine.tiles[0])
+    def _rows(self) -> int:
+        """Rows of a tile: the number that wastes least on the last tile, which ends at the last query."""
+        most, queries = self.product.rows, int_value(self.p.queries)
+        if queries is None:
+            return most
+        # A tile costs about one row more than it has.
+        return min(range(1, min(most, queries) + 1), key=lambda rows: -(-queries // rows) * (rows + 1))
+
+    def _block(self) -> int:
+        """Keys in a block: blocks of equal size whose scores leave most of the second-level cache to the panels."""
+        columns = self.product.columns
+        most = max(1, self.machine.cache_bytes // 16 // (4 * self.rows * columns)) * columns
         keys = int_value(self.p.keys)
         if keys is None:
-            return balanced
-
-        def padded(tile: tuple[int, int]) -> int:
-            panel = tile[1] * self.lanes
-            return -(-keys // panel) * panel
-
-        return min(dict.fromkeys((balanced, *self.machine.tiles)), key=padded)
+            return most
+        blocks = -(-keys // most)
+        return -(-keys // (blocks * columns)) * columns
 
     def generate(self) -> Stmt:
-        p = self.p
-        blocks = self._query_blocks()
-        total = product(p.batch) * index(p.heads) * blocks
+        p, parts = self.p, self._parts()
 
         def task(flat: Expr) -> Stmt:
-            block = tirx.floormod(flat, blocks) if int_value(blocks) != 1 else index(0)
-            rest = tirx.floordiv(flat, blocks) if int_value(blocks) != 1 else flat
-            head = tirx.floormod(rest, index(p.heads))
-            outer = tirx.floordiv(rest, index(p.heads))
+            part, rest = (tirx.floormod(flat, index(parts)), tirx.floordiv(flat, index(parts))) if parts > 1 else (
+                index(0), flat)  # fmt: skip
+            head, outer = tirx.floormod(rest, index(p.key_heads)), tirx.floordiv(rest, index(p.key_heads))
             places: list[Expr] = []
-            for extent in reversed(p.batch):
+            for extent in reversed(p.batch[1:]):
                 places.insert(0, tirx.floormod(outer, as_index(extent)))
                 outer = tirx.floordiv(outer, as_index(extent))
-            if len(p.batch) == 1:
-                places = [tirx.floordiv(rest, index(p.heads))]
-            return self._bound([*places, head, block], lambda *v: self._head(list(v[:-2]), v[-2], v[-1], blocks), [])
+            places = [outer, *places] if p.batch else []
+            return self._bound([*places, head, part], lambda *v: self._task(list(v[:-2]), v[-2], v[-1], parts), [])
 
-        return loop(total, task, "parallel", "task")
+        return self.product.link(loop(product(p.batch) * index(p.key_heads * parts), task, "parallel", "task"))
 
     def _bound(self, values: list[Expr], body: Callable[..., Stmt], bound: list[Expr]) -> Stmt:
         if not values:
             return body(*bound)
         return bind(values[0], lambda v: self._bound(values[1:], body, [*bound, v]), "at")
 
-    def _query_blocks(self) -> Expr:
-        p = self.p
-        if p.heads >= 2 * self.machine.threads:
-            return index(1)
-        return ceil_div(p.queries, self.rows * 16)
+    def _parts(self) -> int:
+        """Parts into which the queries of a key head are divided, so that the threads get equal numbers of tasks."""
+        threads = self.machine.threads
+        tasks = self.p.key_heads * math.prod(int_value(extent) or 1 for extent in self.p.batch)
+        queries = int_value(self.p.queries)
+        most = self.shared * (-(-queries // (self.rows * self.together)) if queries is not None else threads)
+        candidates = range(1, max(1, min(most, threads)) + 1)
+        even = (n for n in candidates if tasks * n % threads == 0 or tasks * n >= TASKS_PER_THREAD * threads)
+        return next(even, candidates[-1])
 
-    def _head(self, batch: list[Expr], head: Expr, block: Expr, blocks: Expr) -> Stmt:
-        p = self.p
-        shared = p.heads // p.key_heads
-        key_head = tirx.floordiv(head, index(shared)) if shared > 1 else head
-        pack_values = p.width != self.padded_width
+    def _task(self, batch: list[Expr], head: Expr, part: Expr, parts: int) -> Stmt:
+        """Pack the keys and values of a head, then compute every ``parts``-th group of tiles of its queries."""
+        p, product, dtype = self.p, self.product, self.p.dtype
+        padded = sum((count * index(columns) for _, count, columns in self.panels), index(0))
+        state = [index(self.together), index(self.rows)]
+        # A vector more: the last one of a row may be partly past the keys, and rows do not collide in the cache.
+        pitch = self.block + product.lanes
 
-        def with_keys(keys: Any) -> Stmt:
-            def with_values(values: Any) -> Stmt:
-                def read_value(j: Expr, channel: Expr) -> Expr:
-                    return load(values, j, channel) if values is not None else p.v(*batch, key_head, j, channel)
-
-                def with_scores(scores: Any) -> Stmt:
-                    return self._queries(batch, head, block, blocks, keys, scores, read_value)
-
-                return sequence(
-                    self._pack_keys(keys, batch, key_head),
-                    self._pack_values(values, batch, key_head) if values is not None else None,
-                    scratch([self.rows, self.panels * index(self.panel)], p.dtype, with_scores, "scores"),
-                )
-
-            if pack_values:
-                return scratch([p.keys, self.padded_width], p.dtype, with_values, "values")
-            return with_values(None)
-
-        return scratch([self.panels, p.depth, self.panel], p.dtype, with_keys, "keys")
-
-    def _pack_keys(self, keys: Any, batch: list[Expr], head: Expr) -> Stmt:
-        p = self.p
-
-        def panel(n: Expr) -> Stmt:
-            def column(c: Expr) -> Stmt:
-                j = n * index(self.panel) + c
-                copy = loop(p.depth, lambda d: store(keys, [n, d, c], p.k(*batch, head, j, d)), name="d")
-                known = int_value(p.keys)
-                if known is not None and known % self.panel == 0:
-                    return copy
-                clear = loop(p.depth, lambda d: store(keys, [n, d, c], tirx.const(0, p.dtype)), name="d")
-                return tirx.IfThenElse(j < as_index(p.keys), copy, clear)
-
-            return loop(self.panel, column, name="column")
-
-        return loop(self.panels, panel, name="panel")
-
-    def _pack_values(self, values: Any, batch: list[Expr], head: Expr) -> Stmt:
-        p = self.p
-
-        def row(j: Expr) -> Stmt:
+        def allocate(shapes: list[tuple[str, list[Any]]], buffers: list[Any]) -> Stmt:
+            if shapes:
+                (name, shape), *others = shapes
+                return scratch(shape, dtype, lambda buffer: allocate(others, [*buffers, buffer]), name)
+            b = _Buffers(*buffers)
             return sequence(
-                loop(p.width, lambda e: store(values, [j, e], p.v(*batch, head, j, e)), name="e"),
-                loop(self.padded_width - p.width,
-                     lambda e: store(values, [j, e + index(p.width)], tirx.const(0, p.dtype)), name="e"),
-            )  # fmt: skip
+                product.pack_transposed(b.keys, p.keys, p.depth, lambda j, d: p.k(*batch, head, j, d), self.panels),
+                product.pack(b.values, p.keys, p.width, lambda j, e: p.v(*batch, head, j, e)),
+                self._groups(batch, head, part, parts, b),
+            )
 
-        return loop(p.keys, row, name="key")
+        return allocate([
+            ("keys", [padded * as_index(p.depth)]), ("values", [as_index(p.keys) * index(self.width)]),
+            ("scores", [index(self.rows), index(pitch)]), ("sums", [*state, index(self.width)]),
+            ("largest", [index(self.together * self.rows)]), ("totals", [index(self.together * self.rows)]),
+        ], [])  # fmt: skip
 
-    def _queries(
-        self, batch: list[Expr], head: Expr, block: Expr, blocks: Expr, keys: Any, scores: Any, value: Read
-    ) -> Stmt:
+    def _groups(self, batch: list[Expr], key_head: Expr, part: Expr, parts: int, b: _Buffers) -> Stmt:
         queries = as_index(self.p.queries)
 
         def tiles(height: int) -> Stmt:
             count = ceil_div(queries, height)
-            share = ceil_div(queries, self.rows * 16) if int_value(blocks) != 1 else index(1)
-            per_block = tirx.floordiv(count + share - index(1), share)
-            begin = block * per_block
+            groups = ceil_div(count, self.together)
+            total = groups * index(self.shared)
 
-            def at(t: Expr) -> Stmt:
-                start = minimum((begin + t) * index(height), queries - index(height))
-                return bind(start, lambda first: self._tile(batch, head, first, height, keys, scores, value), "query")
+            def at(n: Expr) -> Stmt:
+                unit = part + n * index(parts)
+                head = key_head * index(self.shared) + tirx.floordiv(unit, groups)
+                return self._bound(
+                    [head, tirx.floormod(unit, groups) * index(self.together)],
+                    lambda head, first: self._group(batch, head, first, height, count, b),
+                    [],
+                )
 
-            if int_value(blocks) == 1:
-                return loop(count, at, name="tile")
-            return loop(tirx.max(index(0), minimum(per_block, count - begin)), at, name="tile")
+            mine = total if parts == 1 else tirx.floordiv(total - part + index(parts - 1), index(parts))
+            return loop(mine, at, name="group")
 
         if int_value(queries) is not None:
             return tiles(self.rows)
         return tirx.IfThenElse(queries >= index(self.rows), tiles(self.rows), tiles(1))
 
-    def _tile(
-        self, batch: list[Expr], head: Expr, first: Expr, height: int, keys: Any, scores: Any, value: Read
-    ) -> Stmt:
-        p = self.p
-        tile = Tile(height, self.panel, self.lanes)
-        scale = tirx.const(p.scale, p.dtype)
+    def _group(self, batch: list[Expr], head: Expr, first: Expr, height: int, count: Expr, b: _Buffers) -> Stmt:
+        """Some tiles, from the tile ``first`` of ``count`` on: all of them with a block of keys before the next one."""
+        queries = as_index(self.p.queries)
+        held = index(1) if self.together == 1 else minimum(index(self.together), count - first)
 
-        def panel(n: Expr) -> Stmt:
-            def finish(acc: list[Any]) -> Stmt:
-                return each_vector(
-                    tile, lambda r, c: store(scores, [index(r), n * index(self.panel) + c], load(acc[r], c) * scale)
-                )
+        def each(body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+            def at(t: Expr) -> Stmt:
+                start = minimum((first + t) * index(height), queries - index(height))
+                return bind(start, lambda query: body(t, query), "query")
 
-            return accumulate_tile(
-                tile, p.dtype, p.depth,
-                lambda r, d: p.q(*batch, head, first + r, d),
-                lambda d, c: load(keys, n, d, c), finish,
-            )  # fmt: skip
+            return loop(held, at, name="tile")
 
-        def row(r: Expr) -> Stmt:
-            return self._normalize(batch, head, first + r, r, scores)
+        def finish(t: Expr, query: Expr) -> Stmt:
+            return loop(height, lambda r: self._write(batch, head, t, query, r, b), name="row")
 
-        parts = [loop(self.panels, panel, name="panel"), loop(height, row, name="row")]
-        width = min(self.panel, self.padded_width)
-        for begin in range(0, self.padded_width, width):
-            span = min(width, self.padded_width - begin)
-            parts.append(self._weigh(batch, head, first, height, begin, span, scores, value))
-        return sequence(*parts)
+        if self.single:
+            return each(lambda t, query: sequence(
+                self._with_queries(batch, head, query, height, lambda q, stride: self._tile(
+                    batch, head, t, query, height, q, stride, index(0), b)),
+                finish(t, query),
+            ))  # fmt: skip
 
-    def _weigh(
-        self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, scores: Any, value: Read
-    ) -> Stmt:
-        """Channels ``begin .. begin + span`` of the tile's result: probabilities times values."""
-        return accumulate_tile(
-            Tile(height, span, self.lanes),
-            self.p.dtype,
-            self.p.keys,
-            lambda r, j: load(scores, r, j),
-            lambda j, c: value(j, index(begin) + c),
-            lambda acc: self._store(batch, head, first, height, begin, span, acc),
+        def step(start: Expr) -> Stmt:
+            def tile(t: Expr, query: Expr) -> Stmt:
+                body = self._with_queries(batch, head, query, height, lambda q, stride: self._tile(
+                    batch, head, t, query, height, q, stride, start, b))  # fmt: skip
+                return tirx.IfThenElse(start < query + index(height), body, None) if self.p.causal else body
+
+            return each(tile)
+
+        low, zero = tirx.const(-math.inf, self.p.dtype), tirx.const(0, self.p.dtype)
+        states = self.together * self.rows
+        clear = loop(states, lambda i: sequence(store(b.largest, [i], low), store(b.totals, [i], zero)), name="row")
+        blocks = ceil_div(self.p.keys, self.block)
+        return sequence(
+            clear,
+            loop(blocks, lambda n: bind(n * index(self.block), step, "block"), name="block"),
+            each(finish),
         )
 
-    def _store(
-        self, batch: list[Expr], head: Expr, first: Expr, height: int, begin: int, span: int, acc: list[Any]
+    def _with_queries(
+        self, batch: list[Expr], head: Expr, query: Expr, height: int, body: Callable[[Any, Expr], Stmt]
     ) -> Stmt:
-        """Write a finished tile; its last vector may be partly padding."""
-        width = min(span, self.p.width - begin)
-        whole = Tile(height, width // self.lanes * self.lanes, self.lanes)
+        """``body(q, stride)`` with a tile's queries as rows in memory, copied where they are not."""
+        p = self.p
 
-        def put(r: int, c: Expr) -> Stmt:
-            return self.p.out(*batch, head, first + index(r), index(begin) + c, value=load(acc[r], c))
+        def element(r: Expr, d: Expr) -> Expr:
+            return p.q(*batch, head, query + r, d)
 
-        full = each_vector(whole, put) if whole.columns else None
-        # The rest goes element by element: constant positions keep the accumulators in registers.
-        rest = [put(r, index(c)) for r in range(height) for c in range(whole.columns, width)]
-        return sequence(full, *rest)
+        stride = self.product.stride_in_place(element)
+        if stride is not None:
+            return body(element, stride)
 
-    def _normalize(self, batch: list[Expr], head: Expr, query: Expr, r: Expr, scores: Any) -> Stmt:
-        """Mask a row of scores and replace it by its softmax."""
-        p, lanes = self.p, self.lanes
-        keys, padded = as_index(p.keys), self.panels * index(self.panel)
-        vectors_padded = self.panels * index(self.panel // lanes)
+        def copied(rows: Any) -> Stmt:
+            copy = loop(
+                height,
+                lambda r: loop(p.depth, lambda d: store(rows, [r, d], element(r, d)), name="d"),
+                name="row",
+            )
+            return sequence(copy, body(lambda r, d: load(rows, r, d), as_index(p.depth)))
 
-        def masked(j: Expr) -> Stmt:
-            value = load(scores, r, j)
-            if p.mask is not None:
-                allowed = p.mask(*batch, head, query, j)
-                value = tirx.Select(allowed, value, self.low) if p.mask_is_bool else value + allowed
-            if p.causal:
-                value = tirx.Select(j <= query, value, self.low)
-            return store(scores, [r, j], value)
+        return scratch([height, p.depth], self.product.stored, copied, "queries")
 
-        full = floor_div(p.keys, lanes)
-        parts: list[Stmt | None] = []
-        if p.mask is not None or p.causal:
-            parts.append(loop(full, lambda n: lanes_of(n * index(lanes), lanes, masked), name="vector"))
-            parts.append(loop(keys - full * index(lanes), lambda j: masked(full * index(lanes) + j), name="element"))
-        parts.append(loop(padded - keys, lambda j: store(scores, [r, keys + j], self.low), name="element"))
+    def _tile(
+        self, batch: list[Expr], head: Expr, t: Expr, query: Expr, height: int, q: Any, stride: Expr, start: Expr,
+        b: _Buffers,
+    ) -> Stmt:  # fmt: skip
+        """Scores and powers of a tile in the block of keys that begins at ``start``, added to the tile's sums."""
+        p, product = self.p, self.product
+        pitch = b.scores.shape[1]
+        inside = as_index(p.keys) if self.single else minimum(index(self.block), as_index(p.keys) - start)
+        again = tirx.const(0, "int32") if self.single else tirx.Cast("int32", start > index(0))
 
-        def with_sums(acc: Any) -> Stmt:
-            def largest(n: Expr) -> Stmt:
-                def step(c: Expr) -> Stmt:
-                    return store(acc, [c], larger(load(acc, c), load(scores, r, n * index(lanes) + c)))
+        def visible(seen: Expr) -> Stmt:
+            """``seen``: keys of the block that any query of the tile attends to."""
 
-                return lanes_of(index(0), lanes, step)
+            def panel(column: Expr, columns: int) -> Stmt:
+                return product.multiply(
+                    (height, columns), q, stride, b.keys, (start + column) * as_index(p.depth), as_index(p.depth),
+                    b.scores, [index(0), column], pitch, tirx.const(0, "int32"),
+                )  # fmt: skip
 
-            def powers(shift: Expr) -> Stmt:
-                def at(n: Expr) -> Stmt:
-                    def raise_(c: Expr) -> Stmt:
-                        difference = load(scores, r, n * index(lanes) + c) - shift
-                        power = lower_call("tirx.exp", p.dtype, [difference])
-                        return store(
-                            scores, [r, n * index(lanes) + c], tirx.exp(difference) if power is None else power
-                        )
+            def run(first: Expr, count: Expr, columns: int) -> Stmt:
+                if not self.single or p.causal:
+                    count = tirx.max(minimum(count, ceil_div(seen - first, columns)), index(0))
+                return loop(count, lambda n: panel(first + n * index(columns), columns), name="panel")
 
-                    def add(c: Expr) -> Stmt:
-                        return store(acc, [c], load(acc, c) + load(scores, r, n * index(lanes) + c))
-
-                    return sequence(lanes_of(index(0), lanes, raise_), lanes_of(index(0), lanes, add))
-
-                return loop(vectors_padded, at, name="vector")
-
-            def scale(factor: Expr) -> Stmt:
-                def at(n: Expr) -> Stmt:
-                    return lanes_of(
-                        n * index(lanes), lanes, lambda j: store(scores, [r, j], load(scores, r, j) * factor)
-                    )
-
-                return loop(vectors_padded, at, name="vector")
-
-            zero, one = tirx.const(0, p.dtype), tirx.const(1, p.dtype)
             return sequence(
-                lanes_of(index(0), lanes, lambda c: store(acc, [c], self.low)),
-                loop(vectors_padded, largest, name="vector"),
-                self._fold(acc, larger),
-                bind(tirx.Select(eq(load(acc, index(0)), self.low), zero, load(acc, index(0))), lambda shift: sequence(
-                    lanes_of(index(0), lanes, lambda c: store(acc, [c], zero)),
-                    powers(shift),
-                    self._fold(acc, lambda a, b: a + b),
-                    bind(tirx.Select(eq(load(acc, index(0)), zero), zero, one / load(acc, index(0))), scale, "factor"),
-                ), "shift"),
+                *(run(*one) for one in self.panels),
+                loop(height, lambda r: self._powers(batch, head, t, query + r, r, start, inside, seen, b), name="row"),
+                *(
+                    product.multiply(
+                        (height, columns), lambda r, j: load(b.scores, r, j), pitch,
+                        b.values, index(channel) * as_index(p.keys) + start * index(columns), seen,
+                        b.sums, [t, index(0), index(channel)], index(self.width), again,
+                    )
+                    for channel, columns in product.known_panels(p.width)
+                ),
             )  # fmt: skip
 
-        parts.append(scratch([lanes], p.dtype, with_sums, "lane_sums"))
-        return sequence(*parts)
+        if p.causal:
+            return bind(minimum(inside, query + index(height) - start), visible, "seen")
+        return bind(inside, visible, "seen")
 
-    def _fold(self, acc: Any, combine: Callable[[Expr, Expr], Expr]) -> Stmt | None:
-        """Combine the lanes of a vector into lane 0."""
-        parts, size = [], self.lanes
-        while size > 1:
-            size //= 2
-            parts.append(self._halve(acc, size, combine))
-        return sequence(*parts) if parts else None
+    def _powers(
+        self, batch: list[Expr], head: Expr, t: Expr, query: Expr, r: Expr, start: Expr, inside: Expr, seen: Expr,
+        b: _Buffers,
+    ) -> Stmt:  # fmt: skip
+        p, lanes = self.p, self.product.lanes
+        mask = p.mask
 
-    def _halve(self, acc: Any, half: int, combine: Callable[[Expr, Expr], Expr]) -> Stmt:
-        return lanes_of(index(0), half, lambda c: store(acc, [c], combine(load(acc, c), load(acc, c + index(half)))))
+        def rescale(factor: Expr) -> Stmt:
+            def vector(n: Expr) -> Stmt:
+                return lanes_of(
+                    n * index(lanes), lanes, lambda e: store(b.sums, [t, r, e], load(b.sums, t, r, e) * factor)
+                )
+
+            return tirx.IfThenElse(start > index(0), loop(self.width // lanes, vector, name="vector"), None)
+
+        def row(count: Expr) -> Stmt:
+            return self.softmax.block(
+                b.scores, r, count, seen,
+                None if mask is None else lambda j: mask(*batch, head, query, start + j),
+                b.largest, b.totals, t * index(self.rows) + r, None if self.single else rescale,
+            )  # fmt: skip
+
+        if p.causal:
+            return bind(tirx.max(minimum(inside, query + index(1) - start), index(0)), row, "count")
+        return bind(inside, row, "count")
+
+    def _write(self, batch: list[Expr], head: Expr, t: Expr, query: Expr, r: Expr, b: _Buffers) -> Stmt:
+        """Divide a finished row of sums by its total and store it."""
+
+        def row(factor: Expr) -> Stmt:
+            return vectors(self.p.width, self.product.lanes, lambda e: self.p.out(
+                *batch, head, query + r, e, value=load(b.sums, t, r, e) * factor))  # fmt: skip
+
+        return bind(self.softmax.reciprocal(load(b.totals, t * index(self.rows) + r)), row, "factor")

@@ -15,9 +15,9 @@ from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, accesses_of, has_only_loads_as_users
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
-from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, sequence
+from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
-from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, microkernel
+from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, transposition
 from trimtab.ir.dtypes import DType
 
 LINE_BYTES = 64
@@ -46,21 +46,28 @@ def strided_rows(contraction: Contraction, m: Flattener, k: Flattener) -> Stride
         return None
     if not (has_only_loads_as_users(a, contraction.m) and has_only_loads_as_users(a, contraction.k)):
         return None
-    row, depth = tirx.Var("r", "int64"), tirx.Var("k", "int64")
-    place = {**m.at(row, True), **k.at(depth, True)}
-    analyzer = Analyzer()
-    position = analyzer.simplify(flat_offset(a.source.shape, [rewrite(i, place) for i in a.indices]))
-    found = list(detect_linear_equation(position, [row, depth]))
-    if len(found) != 3 or int_value(analyzer.simplify(found[1])) != 1:
-        return None
-    stride = analyzer.simplify(found[0])
-    if variables_of(stride) & {axis for axis, _ in contraction.batch}:
+    stride = row_stride(lambda row, column: rewrite(a, {**m.at(row, True), **k.at(column, True)}))
+    if stride is None or variables_of(stride) & {axis for axis, _ in contraction.batch}:
         return None
 
     def at(batch: dict[Any, Expr], row: Expr, column: Expr) -> Any:
         return rewrite(a, {**batch, **m.at(row, True), **k.at(column, True)})
 
-    return StridedRows(at, as_index(stride), str(a.source.dtype))
+    return StridedRows(at, stride, str(a.source.dtype))
+
+
+def row_stride(element: Callable[[Expr, Expr], Any]) -> Expr | None:
+    """Elements from one row to the next of a matrix with contiguous columns; None where they are not.
+
+    Args:
+        element: the load at (row, column).
+    """
+    row, column = tirx.Var("r", "int64"), tirx.Var("k", "int64")
+    load, analyzer = element(row, column), Analyzer()
+    found = list(detect_linear_equation(analyzer.simplify(flat_offset(load.source.shape, load.indices)), [row, column]))
+    if len(found) != 3 or int_value(analyzer.simplify(found[1])) != 1:
+        return None
+    return as_index(analyzer.simplify(found[0]))
 
 
 def product_kind(contraction: Contraction, packs_b: bool) -> str:
@@ -89,7 +96,22 @@ def _stored_type(factor: Expr) -> str:
     return str(factor.source.dtype) if isinstance(factor, ir.TensorLoad) else ""
 
 
-def _pointer(element: Any, access: str, ahead: Expr | int = 0) -> Expr:
+def _as_words(values: list[Expr], call: Callable[[list[Expr]], Stmt]) -> Stmt:
+    """``call`` with integers that keep their 64 bits: TVM narrows the arguments of a call that depend on loops only.
+
+    They are read from memory, which LLVM turns into registers again.
+    """
+    if all(int_value(value) is not None for value in values):
+        return call(values)
+
+    def stored(words: Any) -> Stmt:
+        writes = (store(words, [index(i)], as_index(value)) for i, value in enumerate(values))
+        return sequence(*writes, call([load(words, index(i)) for i in range(len(values))]))
+
+    return scratch([len(values)], "int64", stored, "words")
+
+
+def pointer_to(element: Any, access: str, ahead: Expr | int = 0) -> Expr:
     """The address ``ahead`` elements behind ``element``, in a form that storage planning knows as an access."""
     if str(element.source.dtype) == "bfloat16":
         return tirx.address_of(tirx.BufferLoad(element.source, [*element.indices[:-1], element.indices[-1] + ahead]))
@@ -102,11 +124,12 @@ class TileProducts:
     def __init__(self, isa: InstructionSet, kind: str) -> None:
         self.isa = isa
         self.kind = kind
-        self.used: dict[str, MicroKernel] = {}
+        self.used: dict[str, str] = {}
 
     def call(
-        self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr
-    ) -> Stmt:
+        self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr,
+        c_stride: Expr | None = None,
+    ) -> Stmt:  # fmt: skip
         """``c = a b`` or ``c += a b`` for a tile.
 
         Args:
@@ -115,16 +138,42 @@ class TileProducts:
             accumulate: 1 to add to c, 0 to overwrite it.
             wanted: the element at the beginning of what will be read after the panel.
             part: which part of that to bring into the cache meanwhile; the tiles of a panel take one each.
+            c_stride: elements from one row of the result to the next; the tile's columns when None.
         """
         kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns)
-        self.used[kernel.name] = kernel
+        self.used[kernel.name] = kernel.text
         lines = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
         ahead = part * lines * index(LINE_BYTES * 8 // DType(kernel.b_dtype).bits)
-        arguments = [
-            _pointer(a, "r"), as_index(stride), _pointer(b, "r"), _pointer(c, "rw"), index(tile.columns),
-            as_index(depth), accumulate, _pointer(wanted, "r", ahead),
-        ]  # fmt: skip
-        return tirx.Evaluate(tirx.call_extern("int32", kernel.name, *arguments))
+
+        def made(words: list[Expr]) -> Stmt:
+            lda, ldc, steps = words
+            return tirx.Evaluate(tirx.call_extern(
+                "int32", kernel.name, pointer_to(a, "r"), lda, pointer_to(b, "r"), pointer_to(c, "rw"), ldc, steps,
+                accumulate, pointer_to(wanted, "r", ahead),
+            ))  # fmt: skip
+
+        return _as_words([stride, index(tile.columns) if c_stride is None else c_stride, depth], made)
+
+    def transpose(self, a: Any, stride: Expr, rows: Expr, depth: Expr, b: Any, columns: Expr) -> Stmt:
+        """Copy as many rows of ``depth`` words as a vector has lanes to columns of a panel.
+
+        Args:
+            a, b: the elements at the beginnings of the rows and of the columns, of 32 bits each.
+            stride: elements from one row to the next.
+            rows: at least 1; columns past the last row repeat it.
+            depth: at least the lanes of a vector.
+            columns: of the panel.
+        """
+        name, text = transposition(self.isa)
+        self.used[name] = text
+
+        def made(words: list[Expr]) -> Stmt:
+            lda, held, length, ldb = words
+            return tirx.Evaluate(
+                tirx.call_extern("int32", name, pointer_to(a, "r"), lda, held, length, pointer_to(b, "w"), ldb)
+            )
+
+        return _as_words([stride, rows, depth, columns], made)
 
     def around(self, tile: Tile, body: Stmt) -> Stmt:
         """``body``, which calls kernels of one tile, with what the processor needs before and after in each thread."""
@@ -134,6 +183,6 @@ class TileProducts:
 
     def link(self, body: Stmt) -> Stmt:
         """``body`` with the code of the kernels that it calls."""
-        for kernel in self.used.values():
-            body = tirx.AttrStmt(index(0), "pragma_import_llvm", ir.StringImm(kernel.text), body)
+        for text in self.used.values():
+            body = tirx.AttrStmt(index(0), "pragma_import_llvm", ir.StringImm(text), body)
         return body

@@ -77,6 +77,26 @@ def exp(x: Expr) -> Expr:
     return let(_clamp_keeping_nan(x, -104.5, 88.8), core, "y")
 
 
+# Minimax for the relative error on [-0.5, 0.5], 7.5e-8.
+_EXP2 = (1.3276471990e-3, 9.6755413344e-3, 5.5507132735e-2, 2.4022119724e-1, 6.9314696706e-1, 1.0000000717)
+
+
+def exp2_at_most_one(x: Expr) -> Expr:
+    """``2**x`` for x up to 0 (or a little above), where a softmax needs it; 0 below -126.5, NaN for NaN."""
+    shift = _ROUND + 127.0  # The rounded number has the biased exponent in its low bits.
+
+    def core(y: Expr) -> Expr:
+        return let(
+            y + f32(shift),
+            lambda rounded: let(
+                y - (rounded - f32(shift)),
+                lambda r: _polynomial(r, _EXP2) * _float(_bits(rounded) << tirx.const(23, "int32")),
+            ),
+        )
+
+    return let(tirx.Select(x < f32(-127.0), f32(-127.0), x), core, "y")
+
+
 def _expm1_small(y: Expr) -> Expr:
     """``e**y - 1`` for y in [-90, 0], without cancellation near zero: (p - 1) * 2**n + (2**n - 1)."""
 

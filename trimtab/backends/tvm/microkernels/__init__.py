@@ -21,11 +21,14 @@ from trimtab.backends.tvm.microkernels.isa import (
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
 from trimtab.backends.tvm.microkernels.products import NibbleProduct
 from trimtab.backends.tvm.microkernels.tiles import RegisterTile, accumulator_sets, fits, preferred_tiles
+from trimtab.backends.tvm.microkernels.transposition import PARAMETERS as TRANSPOSITION_PARAMETERS
+from trimtab.backends.tvm.microkernels.transposition import transposition_body
 from trimtab.backends.tvm.microkernels.vector_kernel import VectorKernel
 from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
-           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "RegisterTile", "preferred_tiles"]  # fmt: skip
+           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "RegisterTile", "preferred_tiles",
+           "transposition"]  # fmt: skip
 
 UNROLL = 4
 """Steps in an iteration of the loop over the depth."""
@@ -133,12 +136,24 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
                        product.c_dtype, product.depth_step, prefetch_depth, setup, teardown)  # fmt: skip
 
 
+def transposition(isa: InstructionSet) -> tuple[str, str]:
+    """Name and LLVM module of a function that transposes rows of 32-bit words into ``isa.lanes`` columns of a panel.
+
+    The function is ``i32 name(ptr A, i64 lda, i64 rows, i64 depth, ptr B, i64 ldb)``: ``B[d, i] = A[i, d]``, strides
+    and sizes in words. Columns past the last row repeat it; ``rows`` is at least 1, ``depth`` at least ``isa.lanes``.
+    """
+    name = f"trimtab_transpose_{isa.lanes}"
+    signature = f"i32 @{name}({TRANSPOSITION_PARAMETERS})"
+    return name, _module(isa, isa.features, [(signature, transposition_body(isa.lanes))], [])
+
+
 def _module(
     isa: InstructionSet, features: tuple[str, ...], functions: list[tuple[str, Writer]], globals: list[str]
 ) -> str:
     declarations = sorted({line for _, body in functions for line in body.declarations})
     definitions = [body.function(signature, "#0") for signature, body in functions]
-    attributes = ["nounwind", f'"prefer-vector-width"="{8 * isa.vector_bytes}"']
+    # TVM keeps no code of a function that is not inlined.
+    attributes = ["alwaysinline", "nounwind", f'"prefer-vector-width"="{8 * isa.vector_bytes}"']
     if features:
         attributes.append(f'"target-features"="{",".join("+" + feature for feature in features)}"')
     return "\n".join([*globals, *declarations, *definitions, f"attributes #0 = {{ {' '.join(attributes)} }}", ""])
