@@ -6,11 +6,12 @@ the plain form from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.backends.tvm.codegen.machine import Machine
+from trimtab.backends.tvm.codegen.register_tile import NOTICEABLE
 from trimtab.backends.tvm.microkernels.tiles import preferred_tiles
 from trimtab.ir import ops
 from trimtab.ir.core import Module, Use, Value
@@ -99,7 +100,10 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
 
 
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
-    """A layout for every weight: panels for a matrix that only linear layers read, else plain."""
+    """A layout for every weight: panels for a matrix of linear layers, else plain.
+
+    A tied table of embeddings lies in panels too: picking rows from them costs less than packing them in every call.
+    """
     readers: dict[str, list[Use]] = {id: [] for id in module.weights}
     for graph in module.all_graphs():
         for value in graph.weights:
@@ -107,8 +111,10 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
     layouts = {}
     for id, uses in readers.items():
         weight = module.weights[id]
-        packable = bool(uses) and weight.type.dtype.is_floating and all(map(_is_linear_weight, uses))
-        layouts[id] = _panels(weight, uses, machine) if packable else PLAIN
+        found = list(_readers(uses))
+        multiplied = weight.type.dtype.is_floating and any(map(_is_matrix_of_linear, found))
+        packable = multiplied and all(_is_matrix_of_linear(use) or _is_table(use) for use in found)
+        layouts[id] = _panels(weight, found, machine) if packable else PLAIN
     return layouts
 
 
@@ -123,15 +129,6 @@ def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, Lay
     return packed
 
 
-def _is_linear_weight(use: Use) -> bool:
-    """Whether a use reads the matrix of a linear layer, or stacks it for the linear layers of a repeat's body."""
-    op = use.user
-    if isinstance(op, ops.Repeat) and len(op.carried) <= use.index < len(op.carried) + len(op.stacked):
-        uses = op.body.inputs[use.index].uses
-        return bool(uses) and all(map(_is_matrix_of_linear, uses))
-    return _is_matrix_of_linear(use)
-
-
 def stored_form(value: Value) -> Value:
     """The weight, or input of a graph, that ``value`` is a wider form of; ``value`` itself when it is no such thing.
 
@@ -143,19 +140,33 @@ def stored_form(value: Value) -> Value:
     return value
 
 
+def _readers(uses: Iterable[Use]) -> Iterator[Use]:
+    """The uses that compute with a weight or with slices of a stack: those inside groups, repeats and behind casts."""
+    for use in uses:
+        op = use.user
+        if isinstance(op, ops.Fused) or (
+            isinstance(op, ops.Repeat) and len(op.carried) <= use.index < len(op.carried) + len(op.stacked)
+        ):
+            yield from _readers(op.body.inputs[use.index].uses)
+        elif isinstance(op, ops.Cast) and stored_form(op.result) is not op.result:
+            yield from _readers(op.result.uses)
+        else:
+            yield use
+
+
 def _is_matrix_of_linear(use: Use) -> bool:
-    op = use.user
-    if isinstance(op, ops.Cast) and stored_form(op.result) is not op.result:
-        return bool(op.result.uses) and all(map(_is_matrix_of_linear, op.result.uses))
-    if isinstance(op, ops.Fused):
-        return all(map(_is_matrix_of_linear, op.body.inputs[use.index].uses))
-    return isinstance(op, ops.Linear) and use.index == 1
+    return isinstance(use.user, ops.Linear) and use.index == 1
 
 
-def _panels(weight: Weight, uses: list[Use], machine: Machine) -> Layout:
+def _is_table(use: Use) -> bool:
+    return isinstance(use.user, ops.Embedding) and use.index == 0
+
+
+def _panels(weight: Weight, readers: Iterable[Use], machine: Machine) -> Layout:
     """Panels in the order that the fastest product of the weight's type reads."""
     depth = int(weight.type.shape[-1])  # type: ignore[arg-type]
-    if weight.type.dtype is DType.BF16 and all(map(_meets_its_own_type, uses)):
+    factors = {v.type.dtype for use in readers if isinstance(op := use.user, ops.Linear) for v in (op.x, op.weight)}
+    if weight.type.dtype is DType.BF16 and factors == {DType.BF16}:
         for isa in machine.instruction_sets:
             product = isa.products.get("bf16")
             if product is not None and product.group > 1 and depth % product.depth_step == 0:
@@ -164,19 +175,13 @@ def _panels(weight: Weight, uses: list[Use], machine: Machine) -> Layout:
     return Layout("panels", _panel_width(weight, machine))
 
 
-def _meets_its_own_type(use: Use) -> bool:
-    """Whether the matrix, or each slice of a stack of them, is multiplied by activations of its own type."""
-    op = use.user
-    if isinstance(op, ops.Linear):
-        return op.x.type.dtype is op.weight.type.dtype
-    if isinstance(op, ops.Fused | ops.Repeat):
-        return all(map(_meets_its_own_type, op.body.inputs[use.index].uses))
-    return False
-
-
 def _panel_width(weight: Weight, machine: Machine) -> int:
-    """The tile width that wastes least padding, the machine's preferred one on a tie."""
+    """The width of the machine's preferred tile, or of one that saves a noticeable part of the padding."""
     columns = int(weight.type.shape[-2])  # type: ignore[arg-type]
     work = "float64" if weight.type.dtype.bits == 64 else "float32"
     widths = [vectors * machine.lanes(work) for rows, vectors in machine.tiles if rows * vectors >= machine.chains]
-    return min(dict.fromkeys(widths), key=lambda width: -(-columns // width) * width)
+    best = widths[0]
+    for width in dict.fromkeys(widths):
+        if -(-columns // width) * width < -(-columns // best) * best - NOTICEABLE * columns:
+            best = width
+    return best

@@ -182,7 +182,9 @@ class ContractionKernel:
         products, a_rows, tile, step = self.products, self.a_rows, self.tile, self._depth_block()
         rows, depth = int(self.m.extent), int(self.k.extent)
         panels, tiles = -(-int(self.n.extent) // tile.columns), -(-rows // tile.rows)
-        together = max(1, min(PANELS_TOGETHER, panels // self.machine.threads))
+        threads = self.machine.threads
+        # Threads get equal numbers of tasks if that is possible.
+        together = max(range(1, PANELS_TOGETHER + 1), key=lambda g: (-(-panels // g) % threads == 0, g))
 
         def start_of(t: Expr) -> Expr:
             return minimum(t * index(tile.rows), index(rows - tile.rows))

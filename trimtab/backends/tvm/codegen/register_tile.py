@@ -10,6 +10,9 @@ from trimtab.backends.tvm.codegen.expression import Expr, int_value
 from trimtab.backends.tvm.codegen.loops import Stmt, index, load, loop, scratch, sequence, store, zero
 from trimtab.backends.tvm.codegen.machine import Machine
 
+NOTICEABLE = 0.04
+"""Share of the work that a tile must save to be taken before a preferred one, which loads less per multiply-add."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -35,7 +38,7 @@ def choose_tile(machine: Machine, dtype: str, rows: Expr, columns: Expr, fixed_c
         # Few accumulators leave the multiply units waiting for each other.
         busy = max(1.0, machine.chains / (height * vectors_wide))
         cost = row_cost * column_cost * busy
-        if best is None or cost < best[0] - 0.005:
+        if best is None or cost < best[0] - NOTICEABLE:
             best = (cost, Tile(height, width, lanes))
     if best is None:
         height = min(machine.tiles[0][0], m) if m is not None else machine.tiles[0][0]

@@ -40,7 +40,7 @@ def _embedding(op: Any, scope: Scope, table: Operand, indices: Operand) -> Any:
     rank = indices.rank
 
     def element(*at: Expr) -> Expr:
-        return table(position(indices(*at[:rank]), table.shape[0]), at[-1])
+        return table.packed(position(indices(*at[:rank]), table.shape[0]), at[-1])
 
     return compute(scope.shape(op.result.type.shape), element, "embedding")
 
