@@ -142,6 +142,49 @@ def test_float64_needs_no_micro_kernel() -> None:
     check(attention(one, DType.F64, scale=0.2), one, rtol=1e-13, dtype=torch.float64)
 
 
+def check_bf16(shapes: Sequence[Sequence[int]], **options: Any) -> None:
+    """Powers and results are rounded to bfloat16, with 2**-9 of relative error each."""
+    attributes = {name: options.pop(name) for name in ("scale", "causal") if name in options}
+    mask = options.get("mask")
+    stored = None if mask is None else (DType.BOOL if mask.dtype == torch.bool else DType.BF16, tuple(mask.shape))
+    module = attention(shapes, DType.BF16, mask=stored, **attributes)
+    check(module, shapes, dtype=torch.bfloat16, rtol=2**-7, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("length", [1, 17, 31, 197])
+def test_bf16_of_ragged_lengths(length: int, causal: bool) -> None:
+    check_bf16([(2, length, 32)] * 3, scale=0.2, causal=causal)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(24, 24), (64, 80), (80, 64), (33, 5)])
+def test_bf16_of_sizes_of_heads(depth: int, width: int) -> None:
+    check_bf16([(4, 35, depth), (2, 47, depth), (2, 47, width)], scale=0.15)
+
+
+@pytest.mark.parametrize("kind", ["bool", "addend"])
+def test_bf16_with_masks(kind: str) -> None:
+    mask = allowed((2, 1, 19, 43), kind)
+    check_bf16([(2, 4, 19, 32)] + [(2, 2, 43, 32)] * 2, scale=0.2, mask=mask if kind == "bool" else mask.bfloat16())
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_bf16_in_blocks_of_keys(causal: bool) -> None:
+    check_bf16([(1, 577, 32)] + [(1, 4097, 32)] * 2, scale=0.5, causal=causal)
+
+
+def test_bf16_without_instructions_for_it() -> None:
+    check_bf16([(2, 21, 32)] * 3, scale=0.2, target="x86-64-v3" if host_architecture() == "x86_64" else "native")
+
+
+def test_bf16_of_symbolic_lengths() -> None:
+    queries, keys = symbol("n", 1, 2000), symbol("m", 1, 5000)
+    module = attention([(2, queries, 32), (2, keys, 32), (2, keys, 32)], DType.BF16, scale=0.2)
+    code = Compiled(module)
+    for n, m in ((1, 1), (5, 17), (40, 33), (130, 2500)):
+        check(module, [(2, n, 32), (2, m, 32), (2, m, 32)], code=code, dtype=torch.bfloat16, rtol=2**-7)
+
+
 @pytest.mark.parametrize("special", [math.nan, math.inf])
 def test_special_values_reach_their_rows_only(special: float) -> None:
     q, k, v = (torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))

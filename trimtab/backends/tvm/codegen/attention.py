@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tvm import tirx
+from tvm import ir, tirx
 
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, product
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
     ceil_div,
+    floor_div,
     index,
     lanes_of,
     load,
@@ -34,6 +35,7 @@ from trimtab.backends.tvm.codegen.loops import (
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.packed_product import PackedProduct
 from trimtab.backends.tvm.codegen.softmax_row import RowSoftmax
+from trimtab.backends.tvm.codegen.tile_product import without_casts
 
 Read = Callable[..., Expr]
 Write = Callable[..., Stmt]
@@ -77,11 +79,12 @@ class AttentionProblem:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What a task keeps: packed operands, a tile of scores, and sums of a few tiles."""
+    """What a task keeps: packed operands, a tile of scores, their powers as a factor, and sums of a few tiles."""
 
     keys: Any
     values: Any
     scores: Any
+    powers: Any
     sums: Any
     largest: Any
     totals: Any
@@ -96,7 +99,7 @@ class _Attention:
     def __init__(self, machine: Machine, problem: AttentionProblem) -> None:
         self.p = problem
         self.machine = machine
-        self.product = PackedProduct(machine, problem.dtype)
+        self.product = PackedProduct(machine, problem.dtype, self._stored_type(), int_value(problem.depth))
         self.softmax = RowSoftmax(problem.dtype, self.product.lanes, problem.scale, problem.mask_is_bool)
         self.rows = self._rows()
         self.block = self._block()
@@ -106,6 +109,14 @@ class _Attention:
         self.panels = self.product.panels(problem.keys, equal=not self.single)
         self.width = sum(columns for _, columns in self.product.known_panels(problem.width))
         self.shared = problem.heads // problem.key_heads
+
+    def _stored_type(self) -> str:
+        """The type in which queries, keys and values lie in memory, or the working type where they differ."""
+        p = self.p
+        at = [index(0)] * (len(p.batch) + 3)
+        reads = [without_casts(read(*at)) for read in (p.q, p.k, p.v)]
+        types = {str(read.source.dtype) if isinstance(read, ir.TensorLoad) else p.dtype for read in reads}
+        return types.pop() if len(types) == 1 else p.dtype
 
     def _rows(self) -> int:
         """Rows of a tile: the number that wastes least on the last tile, which ends at the last query."""
@@ -158,27 +169,31 @@ class _Attention:
 
     def _task(self, batch: list[Expr], head: Expr, part: Expr, parts: int) -> Stmt:
         """Pack the keys and values of a head, then compute every ``parts``-th group of tiles of its queries."""
-        p, product, dtype = self.p, self.product, self.p.dtype
+        p, product = self.p, self.product
         padded = sum((count * index(columns) for _, count, columns in self.panels), index(0))
         state = [index(self.together), index(self.rows)]
         # A vector more: the last one of a row may be partly past the keys, and rows do not collide in the cache.
         pitch = self.block + product.lanes
 
-        def allocate(shapes: list[tuple[str, list[Any]]], buffers: list[Any]) -> Stmt:
+        def allocate(shapes: list[tuple[str, str, list[Any]]], buffers: list[Any]) -> Stmt:
             if shapes:
-                (name, shape), *others = shapes
+                (name, dtype, shape), *others = shapes
                 return scratch(shape, dtype, lambda buffer: allocate(others, [*buffers, buffer]), name)
-            b = _Buffers(*buffers)
+            b = _Buffers(*buffers) if product.narrow else replace(_Buffers(*buffers), powers=buffers[2])
             return sequence(
                 product.pack_transposed(b.keys, p.keys, p.depth, lambda j, d: p.k(*batch, head, j, d), self.panels),
                 product.pack(b.values, p.keys, p.width, lambda j, e: p.v(*batch, head, j, e)),
                 self._groups(batch, head, part, parts, b),
             )
 
+        states = [index(self.together * self.rows)]
+        powers = pitch if product.narrow else 1
         return allocate([
-            ("keys", [padded * as_index(p.depth)]), ("values", [as_index(p.keys) * index(self.width)]),
-            ("scores", [index(self.rows), index(pitch)]), ("sums", [*state, index(self.width)]),
-            ("largest", [index(self.together * self.rows)]), ("totals", [index(self.together * self.rows)]),
+            ("keys", product.words, [padded * floor_div(p.depth, product.group)]),
+            ("values", product.words, [product.words_of(p.keys) * index(self.width)]),
+            ("scores", p.dtype, [index(self.rows), index(pitch)]),
+            ("powers", product.factor, [index(self.rows), index(powers)]),
+            ("sums", p.dtype, [*state, index(self.width)]), ("largest", p.dtype, states), ("totals", p.dtype, states),
         ], [])  # fmt: skip
 
     def _groups(self, batch: list[Expr], key_head: Expr, part: Expr, parts: int, b: _Buffers) -> Stmt:
@@ -199,7 +214,7 @@ class _Attention:
                 )
 
             mine = total if parts == 1 else tirx.floordiv(total - part + index(parts - 1), index(parts))
-            return loop(mine, at, name="group")
+            return self.product.around(height, loop(mine, at, name="group"))
 
         if int_value(queries) is not None:
             return tiles(self.rows)
@@ -254,19 +269,20 @@ class _Attention:
         def element(r: Expr, d: Expr) -> Expr:
             return p.q(*batch, head, query + r, d)
 
-        stride = self.product.stride_in_place(element)
-        if stride is not None:
-            return body(element, stride)
+        place = self.product.in_place(element)
+        if place is not None:
+            return body(*place)
+        single = self.product.element(element)
 
         def copied(rows: Any) -> Stmt:
             copy = loop(
                 height,
-                lambda r: loop(p.depth, lambda d: store(rows, [r, d], element(r, d)), name="d"),
+                lambda r: loop(p.depth, lambda d: store(rows, [r, d], single(r, d)), name="d"),
                 name="row",
             )
             return sequence(copy, body(lambda r, d: load(rows, r, d), as_index(p.depth)))
 
-        return scratch([height, p.depth], self.product.stored, copied, "queries")
+        return scratch([height, p.depth], self.product.factor, copied, "queries")
 
     def _tile(
         self, batch: list[Expr], head: Expr, t: Expr, query: Expr, height: int, q: Any, stride: Expr, start: Expr,
@@ -283,7 +299,8 @@ class _Attention:
 
             def panel(column: Expr, columns: int) -> Stmt:
                 return product.multiply(
-                    (height, columns), q, stride, b.keys, (start + column) * as_index(p.depth), as_index(p.depth),
+                    (height, columns), q, stride, b.keys, (start + column) * floor_div(p.depth, product.group),
+                    as_index(p.depth),
                     b.scores, [index(0), column], pitch, tirx.const(0, "int32"),
                 )  # fmt: skip
 
@@ -297,8 +314,9 @@ class _Attention:
                 loop(height, lambda r: self._powers(batch, head, t, query + r, r, start, inside, seen, b), name="row"),
                 *(
                     product.multiply(
-                        (height, columns), lambda r, j: load(b.scores, r, j), pitch,
-                        b.values, index(channel) * as_index(p.keys) + start * index(columns), seen,
+                        (height, columns), lambda r, j: load(b.powers, r, j), pitch, b.values,
+                        index(channel) * product.words_of(p.keys) + floor_div(start, product.group) * index(columns),
+                        ceil_div(seen, product.step) * index(product.step),
                         b.sums, [t, index(0), index(channel)], index(self.width), again,
                     )
                     for channel, columns in product.known_panels(p.width)
@@ -324,12 +342,21 @@ class _Attention:
 
             return tirx.IfThenElse(start > index(0), loop(self.width // lanes, vector, name="vector"), None)
 
+        covered = ceil_div(seen, self.product.step) * index(self.product.step)
+
+        def narrow(j: Expr) -> Stmt:
+            return store(b.powers, [r, j], self.product.rounded(load(b.scores, r, j)))
+
         def row(count: Expr) -> Stmt:
-            return self.softmax.block(
-                b.scores, r, count, seen,
+            powers = self.softmax.block(
+                b.scores, r, count, covered,
                 None if mask is None else lambda j: mask(*batch, head, query, start + j),
                 b.largest, b.totals, t * index(self.rows) + r, None if self.single else rescale,
             )  # fmt: skip
+            if not self.product.narrow:
+                return powers
+            copies = loop(ceil_div(covered, lanes), lambda n: lanes_of(n * index(lanes), lanes, narrow), name="vector")
+            return sequence(powers, copies)
 
         if p.causal:
             return bind(tirx.max(minimum(inside, query + index(1) - start), index(0)), row, "count")
