@@ -92,7 +92,27 @@ class _Buffers:
 
 def attention_loops(machine: Machine, p: AttentionProblem) -> Stmt:
     """The whole kernel, parallel over batch, key heads and, when those are few, the queries of a head."""
-    return _Attention(machine, p).generate()
+    return _Attention(machine, _heads_as_queries(p) if int_value(p.queries) == 1 else p).generate()
+
+
+def _heads_as_queries(p: AttentionProblem) -> AttentionProblem:
+    """A problem of one query per head, with the query heads that read a key head as the queries of one head.
+
+    They read the keys together that way. A causal query is the first one, and sees the first key only.
+    """
+    shared = p.heads // p.key_heads
+
+    def at_head(access: Callable[..., Any]) -> Callable[..., Any]:
+        def at(*place: Expr, **stored: Expr) -> Any:
+            *batch, head, query, last = place
+            return access(*batch, head * index(shared) + query, index(0), last, **stored)
+
+        return at
+
+    return replace(
+        p, heads=p.key_heads, queries=index(shared), keys=index(1) if p.causal else p.keys, causal=False,
+        q=at_head(p.q), out=at_head(p.out), mask=None if p.mask is None else at_head(p.mask),
+    )  # fmt: skip
 
 
 class _Attention:
@@ -344,19 +364,14 @@ class _Attention:
 
         covered = ceil_div(seen, self.product.step) * index(self.product.step)
 
-        def narrow(j: Expr) -> Stmt:
-            return store(b.powers, [r, j], self.product.rounded(load(b.scores, r, j)))
-
         def row(count: Expr) -> Stmt:
             powers = self.softmax.block(
                 b.scores, r, count, covered,
                 None if mask is None else lambda j: mask(*batch, head, query, start + j),
                 b.largest, b.totals, t * index(self.rows) + r, None if self.single else rescale,
             )  # fmt: skip
-            if not self.product.narrow:
-                return powers
-            copies = loop(ceil_div(covered, lanes), lambda n: lanes_of(n * index(lanes), lanes, narrow), name="vector")
-            return sequence(powers, copies)
+            rounded = self.product.round_row(b.scores, b.powers, r, covered) if self.product.narrow else None
+            return sequence(powers, rounded)
 
         if p.causal:
             return bind(tirx.max(minimum(inside, query + index(1) - start), index(0)), row, "count")

@@ -98,13 +98,10 @@ class PackedProduct:
         """The elements of a factor as a product takes them."""
         return (lambda row, column: _upper_half(element(row, column))) if self.narrow else element
 
-    def rounded(self, value: Expr) -> Expr:
-        """A number as a factor: to the nearest bfloat16, to the even one of two."""
-        if not self.narrow:
-            return value
-        bits = tirx.reinterpret("uint32", value)
-        one, half = tirx.const(1, "uint32"), tirx.const(0x7FFF, "uint32")
-        return tirx.Cast(_BITS, (bits + half + ((bits >> tirx.const(16, "uint32")) & one)) >> tirx.const(16, "uint32"))
+    def round_row(self, sums: Any, factors: Any, r: Expr, count: Expr) -> Stmt:
+        """The first ``count`` sums of a row, at most a vector more, as factors of another product."""
+        assert self.kernels is not None
+        return self.kernels.round(load(sums, r, index(0)), load(factors, r, index(0)), ceil_div(count, self.lanes))
 
     def in_place(self, element: Element) -> tuple[Element, Expr] | None:
         """The elements of a factor in memory and the number of them from row to row.

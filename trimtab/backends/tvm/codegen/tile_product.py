@@ -17,7 +17,7 @@ from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, acc
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
-from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, transposition
+from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, rounding, transposition
 from trimtab.ir.dtypes import DType
 
 LINE_BYTES = 64
@@ -174,6 +174,16 @@ class TileProducts:
             )
 
         return _as_words([stride, rows, depth, columns], made)
+
+    def round(self, a: Any, b: Any, count: Expr) -> Stmt:
+        """Round ``count`` vectors of numbers from the element ``a`` on to the bits of bfloat16 from ``b`` on."""
+        name, text = rounding(self.isa)
+        self.used[name] = text
+
+        def made(words: list[Expr]) -> Stmt:
+            return tirx.Evaluate(tirx.call_extern("int32", name, pointer_to(a, "r"), pointer_to(b, "w"), *words))
+
+        return _as_words([count], made)
 
     def around(self, tile: Tile, body: Stmt) -> Stmt:
         """``body``, which calls kernels of one tile, with what the processor needs before and after in each thread."""

@@ -20,6 +20,8 @@ from trimtab.backends.tvm.microkernels.isa import (
 )
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
 from trimtab.backends.tvm.microkernels.products import NibbleProduct
+from trimtab.backends.tvm.microkernels.rounding import PARAMETERS as ROUNDING_PARAMETERS
+from trimtab.backends.tvm.microkernels.rounding import rounding_body
 from trimtab.backends.tvm.microkernels.tiles import RegisterTile, accumulator_sets, fits, preferred_tiles
 from trimtab.backends.tvm.microkernels.transposition import PARAMETERS as TRANSPOSITION_PARAMETERS
 from trimtab.backends.tvm.microkernels.transposition import transposition_body
@@ -28,7 +30,7 @@ from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
            "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "RegisterTile", "preferred_tiles",
-           "transposition"]  # fmt: skip
+           "rounding", "transposition"]  # fmt: skip
 
 UNROLL = 4
 """Steps in an iteration of the loop over the depth."""
@@ -134,6 +136,16 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
     text = _module(isa, features, functions, globals)
     return MicroKernel(name, text, features, rows, columns, product.group, product.a_dtype, product.b_dtype,
                        product.c_dtype, product.depth_step, prefetch_depth, setup, teardown)  # fmt: skip
+
+
+def rounding(isa: InstructionSet) -> tuple[str, str]:
+    """Name and LLVM module of a function that rounds a row of f32 to bf16, to the nearest and to the even one of two.
+
+    The function is ``i32 name(ptr A, ptr B, i64 vectors)``, a vector having ``isa.lanes`` numbers.
+    """
+    name = f"trimtab_round_bf16_{isa.lanes}"
+    signature = f"i32 @{name}({ROUNDING_PARAMETERS})"
+    return name, _module(isa, isa.features, [(signature, rounding_body(isa.lanes))], [])
 
 
 def transposition(isa: InstructionSet) -> tuple[str, str]:
