@@ -69,7 +69,7 @@ def preferred_tiles(isa: InstructionSet, kind: str) -> tuple[RegisterTile, ...]:
     """
     candidates = [tile for vectors in range(1, _MOST_VECTORS + 1) if (tile := tallest(isa, kind, vectors))]
     busy = [tile for tile in candidates if tile.rows * tile.vectors >= _chains(isa, kind)]
-    return tuple(sorted(busy or candidates, key=_loads))
+    return tuple(sorted(busy or candidates, key=lambda tile: _loads(isa.products[kind], tile)))
 
 
 def good_heights(isa: InstructionSet, kind: str) -> tuple[RegisterTile, ...]:
@@ -86,9 +86,10 @@ def _chains(isa: InstructionSet, kind: str) -> int:
     return (isinstance(product, Product) and product.chains) or isa.chains
 
 
-def _loads(tile: RegisterTile) -> float:
+def _loads(product: Product | TileProduct, tile: RegisterTile) -> float:
     """Loads per multiply-add."""
-    return 1 / tile.rows + 1 / tile.vectors
+    parts_of_a = len(row_tiles(tile.rows)) if isinstance(product, TileProduct) else tile.rows
+    return 1 / parts_of_a + 1 / tile.vectors
 
 
 def accumulator_sets(isa: InstructionSet, kind: str, tile: RegisterTile) -> int:
