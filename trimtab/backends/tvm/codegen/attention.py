@@ -195,10 +195,10 @@ class _Attention:
         # A vector more: the last one of a row may be partly past the keys, and rows do not collide in the cache.
         pitch = self.block + product.lanes
 
-        def allocate(shapes: list[tuple[str, str, list[Any]]], buffers: list[Any]) -> Stmt:
+        def allocate(shapes: list[tuple[str, list[Any]]], buffers: list[Any]) -> Stmt:
             if shapes:
-                (name, dtype, shape), *others = shapes
-                return scratch(shape, dtype, lambda buffer: allocate(others, [*buffers, buffer]), name)
+                (name, shape), *others = shapes
+                return scratch(shape, p.dtype, lambda buffer: allocate(others, [*buffers, buffer]), name)
             b = _Buffers(*buffers) if product.narrow else replace(_Buffers(*buffers), powers=buffers[2])
             return sequence(
                 product.pack_transposed(b.keys, p.keys, p.depth, lambda j, d: p.k(*batch, head, j, d), self.panels),
@@ -207,13 +207,12 @@ class _Attention:
             )
 
         states = [index(self.together * self.rows)]
-        powers = pitch if product.narrow else 1
+        powers = pitch // product.group if product.narrow else 1
         return allocate([
-            ("keys", product.words, [padded * floor_div(p.depth, product.group)]),
-            ("values", product.words, [product.words_of(p.keys) * index(self.width)]),
-            ("scores", p.dtype, [index(self.rows), index(pitch)]),
-            ("powers", product.factor, [index(self.rows), index(powers)]),
-            ("sums", p.dtype, [*state, index(self.width)]), ("largest", p.dtype, states), ("totals", p.dtype, states),
+            ("keys", [padded * floor_div(p.depth, product.group)]),
+            ("values", [product.words_of(p.keys) * index(self.width)]),
+            ("scores", [index(self.rows), index(pitch)]), ("powers", [index(self.rows), index(powers)]),
+            ("sums", [*state, index(self.width)]), ("largest", states), ("totals", states),
         ], [])  # fmt: skip
 
     def _groups(self, batch: list[Expr], key_head: Expr, part: Expr, parts: int, b: _Buffers) -> Stmt:
@@ -292,17 +291,19 @@ class _Attention:
         place = self.product.in_place(element)
         if place is not None:
             return body(*place)
-        single = self.product.element(element)
+        words = floor_div(p.depth, self.product.group)
 
         def copied(rows: Any) -> Stmt:
             copy = loop(
                 height,
-                lambda r: loop(p.depth, lambda d: store(rows, [r, d], single(r, d)), name="d"),
+                lambda r: loop(
+                    words, lambda w: store(rows, [r, w], self.product.word(lambda d: element(r, d), w)), name="word"
+                ),
                 name="row",
             )
             return sequence(copy, body(lambda r, d: load(rows, r, d), as_index(p.depth)))
 
-        return scratch([height, p.depth], self.product.factor, copied, "queries")
+        return scratch([height, words], p.dtype, copied, "queries")
 
     def _tile(
         self, batch: list[Expr], head: Expr, t: Expr, query: Expr, height: int, q: Any, stride: Expr, start: Expr,

@@ -1,8 +1,9 @@
 """Products of the rows of one matrix with another one that the same kernel packs into panels first.
 
 The packed matrix lies panel after panel, each ``[depth / group, columns, group]``; panels may be of different width.
-The ``group`` neighbours are kept as one word.  The tiles are computed by micro-kernels, and in loops of TIR for the
-types that have none.
+The ``group`` neighbours are kept as one word, whose bits are stored in a buffer of the type of the sums: TVM's storage
+planning wants one type in all buffers that are passed by address.  The tiles are computed by micro-kernels, and in
+loops of TIR for the types that have none.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from trimtab.backends.tvm.microkernels.amx import TileProduct
 
 Element = Callable[[Expr, Expr], Expr]
 """The element of a matrix at (row, column)."""
-_BITS = "uint16"
 _PAIR = 2
 
 
@@ -47,9 +47,8 @@ class PackedProduct:
         depth: length of the sums of rows that are read in place, None when it is not known.
 
     Attributes:
-        narrow: whether the factors are bfloat16, kept as their bits.
+        narrow: whether the factors are bfloat16.
         group: neighbours along the depth in a word of a panel.
-        words: type of these words.
         step: depths are multiples of it.
         columns: of a whole panel.
         rows: the most rows of a tile.
@@ -66,8 +65,6 @@ class PackedProduct:
             isa = machine.instruction_set("f32", None)
         self.kernels = TileProducts(isa, kind) if isa is not None else None
         self.group = _PAIR if self.narrow else 1
-        self.words = "uint32" if self.narrow else dtype
-        self.factor = _BITS if self.narrow else dtype
         found = isa.products[kind] if isa is not None else None
         self.step = found.depth_step if found is not None else 1
         # Tile registers are set up for tiles of one shape.
@@ -94,10 +91,6 @@ class PackedProduct:
         runs = [(index(0), index(whole), self.columns), (index(whole * self.columns), index(1), width)]
         return [run for run in runs if int_value(run[1]) and run[2]]
 
-    def element(self, element: Element) -> Element:
-        """The elements of a factor as a product takes them."""
-        return (lambda row, column: _upper_half(element(row, column))) if self.narrow else element
-
     def round_row(self, sums: Any, factors: Any, r: Expr, count: Expr) -> Stmt:
         """The first ``count`` sums of a row, at most a vector more, as factors of another product."""
         assert self.kernels is not None
@@ -119,12 +112,12 @@ class PackedProduct:
         stride = row_stride(in_memory)
         return (in_memory, stride) if stride is not None else None
 
-    def _word(self, element: Callable[[Expr], Expr], d: Expr) -> Expr:
-        """The ``d``-th word along the depth."""
+    def word(self, element: Callable[[Expr], Expr], d: Expr) -> Expr:
+        """The ``d``-th word along the depth of the elements, widened ones of bfloat16 when these are paired."""
         if not self.narrow:
             return element(d)
-        even, odd = (tirx.reinterpret(self.words, element(d * index(_PAIR) + index(i))) for i in range(_PAIR))
-        return (even >> tirx.const(16, self.words)) | odd
+        even, odd = (tirx.reinterpret("uint32", element(d * index(_PAIR) + index(i))) for i in range(_PAIR))
+        return tirx.reinterpret(self.dtype, (even >> tirx.const(16, "uint32")) | odd)
 
     def words_of(self, depth: Expr) -> Expr:
         """Words in a column of that depth, which is brought to a multiple of the step."""
@@ -158,7 +151,7 @@ class PackedProduct:
 
                 def copy(d: Expr) -> Stmt:
                     return store(
-                        packed, [begin + d * index(columns) + c], self._word(lambda channel: element(row, channel), d)
+                        packed, [begin + d * index(columns) + c], self.word(lambda channel: element(row, channel), d)
                     )
 
                 return loop(words, copy, name="d")
@@ -189,10 +182,10 @@ class PackedProduct:
             whole = inside // self.lanes * self.lanes
 
             def copy(c: Expr) -> Stmt:
-                return store(packed, [begin + c], self._word(lambda k: read(k, index(first) + c), d))
+                return store(packed, [begin + c], self.word(lambda k: read(k, index(first) + c), d))
 
             def clear(c: Expr) -> Stmt:
-                return store(packed, [begin + c], tirx.const(0, self.words))
+                return store(packed, [begin + c], tirx.const(0, self.dtype))
 
             return sequence(
                 loop(whole // self.lanes, lambda v: lanes_of(v * index(self.lanes), self.lanes, copy), name="vector"),
@@ -260,8 +253,3 @@ class PackedProduct:
     def link(self, body: Stmt) -> Stmt:
         """``body`` with the code of what it calls."""
         return self.kernels.link(body) if self.kernels is not None else body
-
-
-def _upper_half(value: Expr) -> Expr:
-    """The bits of a bfloat16 that was widened."""
-    return tirx.Cast(_BITS, tirx.reinterpret("uint32", value) >> tirx.const(16, "uint32"))
