@@ -22,6 +22,7 @@ from trimtab.backends.tvm.codegen.contraction import (
     accesses_of,
     has_only_loads_as_users,
 )
+from trimtab.backends.tvm.codegen.depth_parts import depth_part, product_by_parts
 from trimtab.backends.tvm.codegen.expression import (
     Expr,
     as_index,
@@ -50,7 +51,6 @@ from trimtab.backends.tvm.codegen.loops import (
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, choose_tile, each_vector
 from trimtab.backends.tvm.codegen.tile_product import (
-    SHORT,
     TileProducts,
     product_kind,
     strided_rows,
@@ -59,14 +59,9 @@ from trimtab.backends.tvm.codegen.tile_product import (
 from trimtab.backends.tvm.codegen.vector_math import lower_call
 from trimtab.backends.tvm.microkernels import InstructionSet
 from trimtab.backends.tvm.microkernels.tiles import tallest
-from trimtab.ir.dtypes import DType
 
 FIRST = tirx.const(0, "int32")
 """A micro-kernel's argument: overwrite what was there."""
-PANELS_TOGETHER = 4
-"""Panels whose sums are kept while the depth is covered part by part."""
-DEPTH_STEP = 64
-"""Parts of the depth are multiples of this, as the micro-kernels of narrow types want them."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +130,8 @@ class ContractionKernel:
         batch = product([extent for _, extent in self.c.batch])
         blocks = self._row_blocks(batch, panels)
         batch_axes = Flattener(self.c.batch)
-        if self._depth_block():
-            return self._link(self._depth_blocked())
+        if step := depth_part(self):
+            return self._link(product_by_parts(self, step))
 
         def task(flat: Expr) -> Stmt:
             block = tirx.floormod(flat, index(blocks)) if blocks > 1 else index(0)
@@ -162,74 +157,6 @@ class ContractionKernel:
     def _link(self, body: Stmt) -> Stmt:
         return self.products.link(body) if self.products else body
 
-    def _depth_block(self) -> int:
-        """Depth to take at a time so that the rows of A stay in the cache while panels pass; 0 for all at once."""
-        rows, depth = int_value(self.m.extent), int_value(self.k.extent)
-        if self.products is None or self.a_rows is None or self.panels is None or self.c.batch:
-            return 0
-        if rows is None or depth is None:
-            return 0
-        room = self.machine.cache_bytes // 2 // (DType(SHORT[self.a_rows.dtype]).bits // 8)
-        if rows <= 2 * self.tile.rows or rows * depth <= room:
-            return 0
-        count = -(-rows * depth // room)
-        return -(-depth // (count * DEPTH_STEP)) * DEPTH_STEP
-
-    def _depth_blocked(self) -> Stmt:
-        """A few panels per task; each part of the depth is added to the sums of all of them before the next one."""
-        assert self.products is not None
-        assert self.a_rows is not None
-        products, a_rows, tile, step = self.products, self.a_rows, self.tile, self._depth_block()
-        rows, depth = int(self.m.extent), int(self.k.extent)
-        panels, tiles = -(-int(self.n.extent) // tile.columns), -(-rows // tile.rows)
-        threads = self.machine.threads
-        # Threads get equal numbers of tasks if that is possible.
-        together = max(range(1, PANELS_TOGETHER + 1), key=lambda g: (-(-panels // g) % threads == 0, g))
-
-        def start_of(t: Expr) -> Expr:
-            return minimum(t * index(tile.rows), index(rows - tile.rows))
-
-        def task(group: Expr) -> Stmt:
-            first = group * index(together)
-            held = minimum(index(together), index(panels) - first)
-
-            def place(p: Expr, k: Expr) -> Any:
-                return without_casts(self._b_at({}, self.k.at(k, True), (first + p) * index(tile.columns)))
-
-            def with_sums(sums: Any) -> Stmt:
-                def add(k: Expr, length: int, p: Expr) -> Stmt:
-                    last = tirx.EQ(p + index(1), held)
-                    wanted = place(tirx.Select(last, index(0), p + index(1)), tirx.Select(last, k + index(step), k))
-                    return loop(
-                        tiles,
-                        lambda t: products.call(
-                            tile, a_rows.at({}, start_of(t), k), a_rows.stride, place(p, k),
-                            load(sums, p, t, index(0), index(0)), index(length),
-                            tirx.Cast("int32", k > index(0)), wanted, t,
-                        ),
-                        name="tile",
-                    )  # fmt: skip
-
-                def write(p: Expr, t: Expr) -> Stmt:
-                    column = (first + p) * index(tile.columns)
-                    return self._store(lambda r, c: load(sums, p, t, r, c), tile.rows, start_of(t), column, {})
-
-                def part(k: Expr, length: int) -> Stmt:
-                    return loop(held, lambda p: add(k, length, p), name="panel")
-
-                # The lengths are constants: LLVM inlines the micro-kernel only then.
-                parts = [loop(depth // step, lambda block: part(block * index(step), step), name="block")]
-                if depth % step:
-                    parts.append(part(index(depth // step * step), depth % step))
-                return sequence(
-                    products.around(tile, sequence(*parts)),
-                    loop(held, lambda p: loop(tiles, lambda t: write(p, t), name="tile"), name="panel"),
-                )
-
-            return scratch([together, tiles, tile.rows, tile.columns], self.dtype, with_sums, "sums")
-
-        return loop(-(-panels // together), task, "parallel", "task")
-
     def _with_batch(self, axes: Flattener, flat: Expr, body: Callable[[dict[Any, Expr]], Stmt]) -> Stmt:
         values = axes.at(flat, linear=False)
         return bind_all(values, body, "batch")
@@ -248,7 +175,7 @@ class ContractionKernel:
         if self.direct:
 
             def read(k: Expr, column: Expr) -> Expr:
-                return self._b_at(batch, self.k.at(k, linear=True), first_column + column)
+                return self.b_at(batch, self.k.at(k, linear=True), first_column + column)
 
             return self._rows(first_column, block, blocks, batch, read)
         depth = self.k.extent
@@ -276,7 +203,7 @@ class ContractionKernel:
 
             def element(column: Expr) -> Stmt:
                 n = first_column + column
-                value = self._b_at(batch, values, n)
+                value = self.b_at(batch, values, n)
                 if not exact:
                     value = tirx.if_then_else(n < self.n.extent, value, zero(self.dtype))
                 return store(buffer, [flat, column], value)
@@ -290,7 +217,7 @@ class ContractionKernel:
                 n = first_column + column
 
                 def copy(k: Expr) -> Stmt:
-                    return store(buffer, [k, column], self._b_at(batch, {axis: k}, n))
+                    return store(buffer, [k, column], self.b_at(batch, {axis: k}, n))
 
                 body = loop(extent, copy, name="k")
                 if exact:
@@ -319,7 +246,7 @@ class ContractionKernel:
                         each_vector(tile, lambda r, c: store(spill, [index(r), c], load(acc[r], c))), write
                     )
 
-                write = self._store(lambda r, c: load(spill, r, c), height, start, first_column, batch)
+                write = self.store_tile(lambda r, c: load(spill, r, c), height, start, first_column, batch)
                 if self.products is None or self.a_rows is None:
                     return accumulate_tile(tile, self.dtype, self.k.extent, a, b, finish)
                 panel, depth = without_casts(b(index(0), index(0))), self.k.extent
@@ -361,7 +288,7 @@ class ContractionKernel:
 
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
 
-    def _store(
+    def store_tile(
         self, sums: Callable[[Expr, Expr], Expr], rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr]
     ) -> Stmt:
         """Apply the epilogue to a finished tile and write it, cutting the columns past the end.
@@ -419,7 +346,7 @@ class ContractionKernel:
         forward = dict(zip(self.c.stage.axes, self.c.places, strict=True))
         return has_only_loads_as_users(out.value, [(forward[axis], extent) for axis, extent in axes])
 
-    def _b_at(self, batch: dict[Any, Expr], k: dict[Any, Expr], n: Expr) -> Expr:
+    def b_at(self, batch: dict[Any, Expr], k: dict[Any, Expr], n: Expr) -> Expr:
         return rewrite(self.c.b, {**batch, **k, **self.n.at(n, self._n_linear_b())}, call=lower_call)
 
     def _n_linear_b(self) -> bool:
