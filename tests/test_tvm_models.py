@@ -115,12 +115,24 @@ def test_repeat_stores_weights_and_code_once(stacked: bool) -> None:
     assert len(twice.kernels) == len(compiled.code.kernels)
 
 
-def test_tied_weight_is_stored_once_and_plain() -> None:
+def test_tied_weight_is_stored_once_in_panels_from_which_rows_are_picked() -> None:
     generator = torch.Generator().manual_seed(0)
     b = Builder()
     ids = b.input("ids", TensorType(DType.I64, (BATCH, SEQ)))
     table = b.weight("table", torch.randn(100, 24, generator=generator))
     b.output(b(ops.Linear(b(ops.Embedding(table, ids)), table)))
+    compiled = Compiled(b.module)
+    (stored,) = compiled.code.weights
+    assert stored.layout is not None
+    assert stored.layout["kind"] == "panels"
+    _agree(b.module, compiled, torch.randint(0, 100, (2, 9), generator=generator))
+
+
+def test_a_table_that_only_embeddings_read_stays_plain() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b = Builder()
+    ids = b.input("ids", TensorType(DType.I64, (BATCH, SEQ)))
+    b.output(b(ops.Embedding(b.weight("table", torch.randn(100, 24, generator=generator)), ids)))
     compiled = Compiled(b.module)
     assert [weight.layout for weight in compiled.code.weights] == [None]
     _agree(b.module, compiled, torch.randint(0, 100, (2, 9), generator=generator))

@@ -80,7 +80,7 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
             def part(k: Expr, length: int) -> Stmt:
                 return loop(held, lambda p: add(k, length, p), name="panel")
 
-            # The lengths are constants: LLVM inlines the micro-kernel only then.
+            # Two loops rather than a length that depends on the part: LLVM then knows how often its loops run.
             parts = [loop(depth // step, lambda block: part(block * index(step), step), name="block")]
             if depth % step:
                 parts.append(part(index(depth // step * step), depth % step))
