@@ -10,7 +10,7 @@ import torch
 
 import trimtab
 from trimtab.ir import Builder, DType, Module, TensorType, symbol
-from trimtab.ir.ops import Add, Attention, Conv1d, Matmul, Permute, Reshape, RotaryEmbedding, Slice
+from trimtab.ir.ops import Add, Attention, Conv1d, Matmul, Permute, Reshape, Roll, RotaryEmbedding, Slice
 
 pytest.importorskip("tvm", reason="the TVM backend is not installed")
 
@@ -73,3 +73,12 @@ def test_rotary_embedding_reads_and_writes_through_permutations(tmp_path: Path, 
     turned = b(RotaryEmbedding(heads, table, table, interleaved=interleaved))
     b.output(b(Permute(turned, dims=(0, 2, 3, 1))))
     check(b.module, tmp_path, (3, 6, 4, 40), (6, 36))
+
+
+@pytest.mark.parametrize("shifts", [(-2, -2), (3, 1), (8, -9)])
+def test_two_rolled_axes_of_one_image(shifts: tuple[int, int], tmp_path: Path) -> None:
+    """TVM once merged the remainders of both axes to a wrong index; more images, or a free batch, hid it."""
+    b = Builder()
+    x = b.input("x", TensorType(DType.F32, (1, 8, 8, 16)))
+    b.output(b(Roll(x, shifts=shifts, dims=(1, 2))))
+    check(b.module, tmp_path, (1, 8, 8, 16))

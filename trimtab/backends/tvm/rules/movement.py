@@ -119,8 +119,16 @@ def _roll(op: Any, scope: Scope, x: Operand) -> Any:
     for shift, dim in zip(op.shifts, op.dims, strict=True):
         shifts[dim] = shifts.get(dim, 0) + shift
 
+    # Not floormod(i - shift, extent): TVM merges two of those, of neighbouring axes, to a wrong index.
+    def source(axis: int, i: Expr) -> Expr:
+        if axis not in shifts:
+            return i
+        extent = x.shape[axis]
+        shift = tirx.floormod(i64(shifts[axis]), extent)
+        return i - shift + tirx.Select(i < shift, extent, i64(0))
+
     def element(*indices: Expr) -> Expr:
-        return x(*(tirx.floormod(i - i64(shifts[a]), x.shape[a]) if a in shifts else i for a, i in enumerate(indices)))
+        return x(*(source(axis, i) for axis, i in enumerate(indices)))
 
     return compute(x.shape, element, "roll")
 
