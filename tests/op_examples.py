@@ -351,6 +351,12 @@ _add(ops.Conv2d, "patches", f32(BATCH, 3, 8, 12), f32(16, 3, 4, 4), f32(16), str
      dilation=(1, 1))  # fmt: skip
 _add(ops.Conv2d, "grouped", f32(1, 4, 5, 5), f32(6, 2, 1, 1), None, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
      groups=2)  # fmt: skip
+_add(ops.Conv2d, "channels-last", f32(2, 9, 8, 3), f32(5, 3, 3, 2), f32(5), stride=(2, 1), padding=(1, 0),
+     dilation=(1, 2), channels_last=True)  # fmt: skip
+_add(ops.Conv2d, "channels-last-depthwise", f32(BATCH, 7, 6, 6), f32(6, 1, 3, 3), f32(6), stride=(1, 1),
+     padding=(1, 1), dilation=(1, 1), groups=6, channels_last=True)  # fmt: skip
+_add(ops.Conv2d, "channels-last-grouped", f32(1, 5, 5, 4), f32(6, 2, 3, 1), None, stride=(1, 1), padding=(1, 0),
+     dilation=(1, 1), groups=2, channels_last=True)  # fmt: skip
 _add(ops.Conv3d, "plain", f32(1, 2, 5, 6, 7), f32(3, 2, 2, 3, 2), f32(3), stride=(1, 2, 1), padding=(0, 1, 0),
      dilation=(1, 1, 1))  # fmt: skip
 _add(ops.ConvTranspose1d, "plain", f32(2, 4, 5), f32(4, 3, 4), f32(3), stride=(2,), padding=(1,), output_padding=(1,),
@@ -360,10 +366,15 @@ _add(ops.ConvTranspose2d, "plain", f32(BATCH, 4, 5, 3), f32(4, 3, 2, 2), f32(3),
 _add(ops.ConvTranspose2d, "grouped", f32(1, 4, 5, 3), f32(4, 3, 3, 3), None, stride=(2, 1), padding=(1, 1),
      output_padding=(1, 0), dilation=(1, 1), groups=2)  # fmt: skip
 _add(ops.MaxPool2d, "plain", f32(BATCH, 3, 8, 7), kernel=(3, 2), stride=(2, 2), padding=(1, 1))
+_add(ops.MaxPool2d, "channels-last", f32(BATCH, 8, 7, 3), kernel=(3, 2), stride=(2, 2), padding=(1, 1),
+     channels_last=True)  # fmt: skip
 _add(ops.MaxPool2d, "ceil", f32(1, 2, 7, 7), kernel=(2, 2), stride=(2, 2), ceil_mode=True)
 _add(ops.AvgPool2d, "plain", f32(BATCH, 3, 8, 7), kernel=(3, 2), stride=(2, 2), padding=(1, 1))
 _add(ops.AvgPool2d, "without-pad", f32(1, 2, 7, 7), kernel=(3, 3), stride=(2, 2), padding=(1, 1),
      count_include_pad=False)  # fmt: skip
+_add(ops.AvgPool2d, "channels-last", f32(1, 7, 6, 2), kernel=(3, 2), stride=(2, 2), padding=(1, 1),
+     ceil_mode=True, channels_last=True, count_include_pad=False)  # fmt: skip
+_add(ops.AdaptiveAvgPool2d, "channels-last", f32(BATCH, 7, 5, 3), size=(3, 2), channels_last=True)
 _add(ops.AdaptiveAvgPool2d, "global", f32(BATCH, 3, 7, 5), size=(1, 1))
 _add(ops.AdaptiveAvgPool2d, "ragged", f32(1, 3, 7, 5), size=(3, 2))
 for _mode in ("nearest", "bilinear", "bicubic"):

@@ -36,6 +36,17 @@ graph main(%x: f32[batch, 4, 8, width]) {
   %h = batch_norm(%g, @mean3, @var3) : f32[batch, 4, 16, 2*width]
   return h=%h
 }""",
+    "channels_last": """
+symbols batch=1..8
+weight @k: f32[6, 4, 3, 3]
+weight @c: f32[6]
+weight @d: f32[6]
+graph main(%x: f32[batch, 8, 8, 4]) {
+  %a = conv2d(%x, @k) {stride=[1, 1], padding=[1, 1], dilation=[1, 1], channels_last=true} : f32[batch, 8, 8, 6]
+  %m = mul(%a, @c) : f32[batch, 8, 8, 6]
+  %y = add(%m, @d) : f32[batch, 8, 8, 6]
+  return y=%y
+}""",
     "before_layers": """
 symbols batch=1..8
 weight @mean: f32[4]

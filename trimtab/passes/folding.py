@@ -210,7 +210,8 @@ def _unsuitable(m: Match, op: Op, parts: Sequence[Value | None], exact: bool) ->
 
 def _channel_axis(op: Op) -> int:
     """The axis of the channels in the input and in the result of a linear layer or convolution."""
-    return op.result.type.rank - 1 if isinstance(op, ops.Linear) else 1
+    is_last = isinstance(op, ops.Linear) or (isinstance(op, ops.Conv2d) and op.channels_last)
+    return op.result.type.rank - 1 if is_last else 1
 
 
 def _reader(use: Use) -> str:

@@ -44,7 +44,11 @@ class PatchEmbedding(Rule):
         self, x: Var, w: Constant, b: Var, stride: Attr, padding: Attr, dilation: Attr, groups: Attr
     ) -> Pattern:
         how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        convolutions = one_of(*(kind(x, w, maybe(b), **how) for kind in (op.conv1d, op.conv2d, op.conv3d)))
+        convolutions = one_of(
+            op.conv1d(x, w, maybe(b), **how),
+            op.conv2d(x, w, maybe(b), **how, channels_last=False),
+            op.conv3d(x, w, maybe(b), **how),
+        )
         return op.permute(optional(op.reshape(convolutions.bind("image"))), dims=_channels_last)
 
     def check(self, m: Match) -> str | None:

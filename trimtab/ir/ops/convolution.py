@@ -1,7 +1,11 @@
-"""Convolutions, pooling and resizing of ``[B, C, spatial...]`` tensors."""
+"""Convolutions, pooling and resizing of ``[B, C, spatial...]`` tensors.
+
+Those of two spatial axes also take ``[B, H, W, C]`` and give a result of that order: attribute ``channels_last``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -11,6 +15,11 @@ from trimtab.errors import VerificationError
 from trimtab.ir.core import Value
 from trimtab.ir.dims import Dim, product
 from trimtab.ir.op import Op
+
+
+def _in_order(compute: Callable[[Tensor], Tensor], x: Tensor, channels_last: bool) -> Tensor:
+    """``compute`` of ``x``, which knows channels in the second place only."""
+    return compute(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if channels_last else compute(x)
 
 
 class _Convolution(Op):
@@ -50,14 +59,19 @@ class Conv1d(_Convolution):
 
 
 class Conv2d(_Convolution):
-    """Cross-correlation: x ``[B, C, H, W]``, weight ``[O, C/groups, kh, kw]``, bias ``[O]``; zeros on both sides."""
+    """Cross-correlation: x ``[B, C, H, W]``, weight ``[O, C/groups, kh, kw]``, bias ``[O]``; zeros on both sides.
+
+    With ``channels_last``, x is ``[B, H, W, C]`` and the result ``[B, H, W, O]``; the weight is the same.
+    """
+
+    channels_last: bool = False
 
     @staticmethod
     def reference(
-        x: Tensor, weight: Tensor, bias: Tensor | None,
-        *, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int,
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: tuple[int, ...], padding: tuple[int, ...],
+        dilation: tuple[int, ...], groups: int, channels_last: bool,
     ) -> Tensor:  # fmt: skip
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return _in_order(lambda x: F.conv2d(x, weight, bias, stride, padding, dilation, groups), x, channels_last)
 
 
 class Conv3d(_Convolution):
@@ -108,7 +122,10 @@ class ConvTranspose2d(_ConvTranspose):
 
 
 class MaxPool2d(Op):
-    """Largest element of each window of x ``[B, C, H, W]``; padding counts as minus infinity."""
+    """Largest element of each window of x ``[B, C, H, W]``; padding counts as minus infinity.
+
+    With ``channels_last``, x is ``[B, H, W, C]`` and so is the result.
+    """
 
     x: Value
     kernel: tuple[int, int]
@@ -116,17 +133,21 @@ class MaxPool2d(Op):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
+    channels_last: bool = False
 
     @staticmethod
     def reference(
         x: Tensor, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-        dilation: tuple[int, ...], ceil_mode: bool,
+        dilation: tuple[int, ...], ceil_mode: bool, channels_last: bool,
     ) -> Tensor:  # fmt: skip
-        return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+        return _in_order(lambda x: F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), x, channels_last)
 
 
 class AvgPool2d(Op):
-    """Mean of each window of x ``[B, C, H, W]``; ``count_include_pad`` says whether padding counts as zeros."""
+    """Mean of each window of x ``[B, C, H, W]``; ``count_include_pad`` says whether padding counts as zeros.
+
+    With ``channels_last``, x is ``[B, H, W, C]`` and so is the result.
+    """
 
     x: Value
     kernel: tuple[int, int]
@@ -134,24 +155,30 @@ class AvgPool2d(Op):
     padding: tuple[int, int] = (0, 0)
     ceil_mode: bool = False
     count_include_pad: bool = True
+    channels_last: bool = False
 
     @staticmethod
     def reference(
         x: Tensor, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-        ceil_mode: bool, count_include_pad: bool,
+        ceil_mode: bool, count_include_pad: bool, channels_last: bool,
     ) -> Tensor:  # fmt: skip
-        return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad)
+        window = (kernel, stride, padding, ceil_mode, count_include_pad)
+        return _in_order(lambda x: F.avg_pool2d(x, *window), x, channels_last)
 
 
 class AdaptiveAvgPool2d(Op):
-    """Mean over windows that divide ``[H, W]`` of x ``[B, C, H, W]`` into ``size`` parts."""
+    """Mean over windows that divide ``[H, W]`` of x ``[B, C, H, W]`` into ``size`` parts.
+
+    With ``channels_last``, x is ``[B, H, W, C]`` and so is the result.
+    """
 
     x: Value
     size: tuple[int, int]
+    channels_last: bool = False
 
     @staticmethod
-    def reference(x: Tensor, *, size: tuple[int, int]) -> Tensor:
-        return F.adaptive_avg_pool2d(x, size)
+    def reference(x: Tensor, *, size: tuple[int, int], channels_last: bool) -> Tensor:
+        return _in_order(lambda x: F.adaptive_avg_pool2d(x, size), x, channels_last)
 
 
 class Resize2d(Op):

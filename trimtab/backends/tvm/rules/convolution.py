@@ -23,15 +23,21 @@ from trimtab.backends.tvm.rules.registry import (
 from trimtab.ir import ops
 
 
-def padded(x: Operand, before: Sequence[int], after: Sequence[int], work: str) -> Any:
-    """x with zeros around its spatial axes, in the working type, as a buffer of its own."""
+def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, work: str) -> Any:
+    """x with zeros around its spatial axes, in the working type, as a buffer of its own.
+
+    ``first`` is the first of the spatial axes.
+    """
     if not any(before) and not any(after):
         return lambda *i: cast(x(*i), work)
-    shape = [*x.shape[:2], *(e + i64(a + b) for e, a, b in zip(x.shape[2:], before, after, strict=True))]
+    stop = first + len(before)
+    sizes = x.shape[first:stop]
+    around = [e + i64(a + b) for e, a, b in zip(sizes, before, after, strict=True)]
+    shape = [*x.shape[:first], *around, *x.shape[stop:]]
 
     def element(*indices: Expr) -> Expr:
-        places = [index - i64(low) for index, low in zip(indices[2:], before, strict=True)]
-        return guarded(places, x.shape[2:], lambda at: cast(x(*indices[:2], *at), work), const(0, work))
+        places = [index - i64(low) for index, low in zip(indices[first:stop], before, strict=True)]
+        return guarded(places, sizes, lambda at: cast(x(*indices[:first], *at, *indices[stop:]), work), const(0, work))
 
     tensor = compute(shape, element, "padded", materialize=True)
     return lambda *i: tensor(*i)
@@ -40,18 +46,20 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], work: str) -
 @lowers(ops.Conv1d, ops.Conv2d, ops.Conv3d)
 def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
     work = work_type(x.dtype)
-    read = padded(x, op.padding, op.padding, work)
+    last = isinstance(op, ops.Conv2d) and op.channels_last
+    read = padded(x, op.padding, op.padding, 1 if last else 2, work)
     per_group_in = op.weight.type.shape[1]
     outputs = op.weight.type.shape[0]
     per_group_out = outputs // op.groups
     channel = te.reduce_axis((i64(0), i64(per_group_in)), "c")
     taps = [te.reduce_axis((i64(0), i64(size)), "t") for size in op.weight.type.shape[2:]]
-    axes = ([channel] if per_group_in != 1 else []) + [
-        t for t, n in zip(taps, op.weight.type.shape[2:], strict=True) if n != 1
-    ]
+    channels = [channel] if per_group_in != 1 else []
+    wide = [t for t, n in zip(taps, op.weight.type.shape[2:], strict=True) if n != 1]
+    axes = [*wide, *channels] if last else [*channels, *wide]
 
     def term(*indices: Expr) -> Expr:
-        batch, out, *spatial = indices
+        batch, *spatial = indices
+        out = spatial.pop(-1 if last else 0)
         c: Expr = channel.var if per_group_in != 1 else i64(0)
         offsets = [t.var if n != 1 else i64(0) for t, n in zip(taps, op.weight.type.shape[2:], strict=True)]
         if op.groups == 1:
@@ -64,13 +72,14 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
             s * i64(stride) + t * i64(dilation)
             for s, t, stride, dilation in zip(spatial, offsets, op.stride, op.dilation, strict=True)
         ]
-        product = read(batch, source, *places) * cast(weight(out, c, *offsets), work)
+        element = read(batch, *places, source) if last else read(batch, source, *places)
+        product = element * cast(weight(out, c, *offsets), work)
         return te.sum(product, axis=axes) if axes else product
 
     shape = scope.shape(op.result.type.shape)
     product = compute(shape, term, "conv")
     if bias is not None:
-        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias(i[1]), work), "conv_bias")
+        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias(i[-1 if last else 1]), work), "conv_bias")
     return rounded(op, scope, product)
 
 

@@ -1,8 +1,9 @@
-"""Pooling of ``[B, C, H, W]`` tensors."""
+"""Pooling of ``[B, C, H, W]`` and ``[B, H, W, C]`` tensors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import te, tirx
@@ -25,16 +26,33 @@ from trimtab.backends.tvm.rules.registry import (
 from trimtab.ir import ops
 
 
+def _in_planes(op: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+    """What belongs to the axes of a tensor, in the order ``[B, C, H, W]``."""
+    batch, *others = values
+    return (batch, others[-1], *others[:-1]) if op.channels_last else (batch, *others)
+
+
+def _sizes(op: Any, x: Operand) -> tuple[Expr, ...]:
+    """Height and width."""
+    return _in_planes(op, x.shape)[2:]
+
+
+def _reader(op: Any, x: Operand) -> Callable[..., Expr]:
+    """The element of x at (batch, channel, row, column)."""
+    return lambda b, c, *at: x(b, *at, c) if op.channels_last else x(b, c, *at)
+
+
 def _window(
     op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], dilation: tuple[int, int], fill: Expr
 ) -> Expr:
     """An element of a window in the type of ``fill``, which stands for the padding."""
-    batch, channel, *spatial = indices
+    batch, channel, *spatial = _in_planes(op, indices)
     places = [
         at * i64(op.stride[n]) - i64(op.padding[n]) + axis.var * i64(dilation[n])
         for n, (at, axis) in enumerate(zip(spatial, axes, strict=True))
     ]
-    return guarded(places, x.shape[2:], lambda at: cast(x(batch, channel, *at), str(fill.ty.dtype)), fill)
+    read = _reader(op, x)
+    return guarded(places, _sizes(op, x), lambda at: cast(read(batch, channel, *at), str(fill.ty.dtype)), fill)
 
 
 @lowers(ops.MaxPool2d)
@@ -62,12 +80,12 @@ def _avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
 
     def mean(*indices: Expr) -> Expr:
         count: Expr = i64(1)
-        for n, at in enumerate(indices[2:]):
+        for n, (at, size) in enumerate(zip(_in_planes(op, indices)[2:], _sizes(op, x), strict=True)):
             # Windows that ceil_mode lets hang over the padded edge are cut there, as in torch.
             start = at * i64(op.stride[n]) - i64(op.padding[n])
-            stop = tirx.min(start + i64(op.kernel[n]), x.shape[2 + n] + i64(op.padding[n]))
+            stop = tirx.min(start + i64(op.kernel[n]), size + i64(op.padding[n]))
             if not op.count_include_pad:
-                start, stop = tirx.max(start, i64(0)), tirx.min(stop, x.shape[2 + n])
+                start, stop = tirx.max(start, i64(0)), tirx.min(stop, size)
             count = count * (stop - start)
         return total(*indices) / tirx.Cast(work, count)
 
@@ -80,7 +98,7 @@ def _adaptive_avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
     shape = scope.shape(op.result.type.shape)
 
     def bounds(n: int, at: Expr) -> tuple[Expr, Expr]:
-        size, parts = x.shape[2 + n], i64(op.size[n])
+        size, parts = _sizes(op, x)[n], i64(op.size[n])
         start = tirx.floordiv(at * size, parts)
         return start, tirx.floordiv((at + i64(1)) * size + parts - i64(1), parts)
 
@@ -88,20 +106,21 @@ def _adaptive_avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
     extents = [_widest(op, x, n) for n in range(2)]
     axes = [te.reduce_axis((i64(0), extent), "w") for extent in extents]
 
-    def element(batch: Expr, channel: Expr, *spatial: Expr) -> Expr:
-        places, inside = [], None
+    def element(*indices: Expr) -> Expr:
+        batch, channel, *spatial = _in_planes(op, indices)
+        read, places, inside = _reader(op, x), [], None
         for n, (at, axis) in enumerate(zip(spatial, axes, strict=True)):
             start, stop = bounds(n, at)
             places.append(start + axis.var)
             inside = places[-1] < stop if inside is None else tirx.And(inside, places[-1] < stop)
-        value = guarded(places, x.shape[2:], lambda at: cast(x(batch, channel, *at), work), const(0, work), inside)
+        value = guarded(places, _sizes(op, x), lambda at: cast(read(batch, channel, *at), work), const(0, work), inside)
         return te.sum(value, axis=axes)
 
     total = compute(shape, element, "pool_sum", materialize=True)
 
     def mean(*indices: Expr) -> Expr:
         count: Expr = i64(1)
-        for n, at in enumerate(indices[2:]):
+        for n, at in enumerate(_in_planes(op, indices)[2:]):
             start, stop = bounds(n, at)
             count = count * (stop - start)
         return total(*indices) / tirx.Cast(work, count)
@@ -110,7 +129,7 @@ def _adaptive_avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
 
 
 def _widest(op: Any, x: Operand, n: int) -> Expr:
-    size, parts = op.x.type.shape[2 + n], op.size[n]
+    size, parts = _in_planes(op, op.x.type.shape)[2 + n], op.size[n]
     if isinstance(size, int):
         return i64(max((((at + 1) * size + parts - 1) // parts) - (at * size) // parts for at in range(parts)))
-    return tirx.floordiv(x.shape[2 + n] + i64(parts - 1), i64(parts)) + i64(1)
+    return tirx.floordiv(_sizes(op, x)[n] + i64(parts - 1), i64(parts)) + i64(1)
