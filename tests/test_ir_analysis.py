@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import networkx
 import pytest
 import torch
@@ -11,8 +13,27 @@ from random_graphs import random_module
 from trimtab.errors import UsageError
 from trimtab.ir import Builder, Dim, DType, Graph, Module, TensorType, Value, symbol
 from trimtab.ir.analysis import ENTRY, EXIT, Liveness, count_ops, executions, graph_view, module_cost
+from trimtab.ir.analysis.expressions import same_expressions
 from trimtab.ir.dims import evaluate, product
-from trimtab.ir.ops import Add, Attention, Conv2d, Einsum, Exp, Linear, Matmul, Neg, Repeat, Reshape, Split, Tanh
+from trimtab.ir.fused import fuse
+from trimtab.ir.ops import (
+    Add,
+    Attention,
+    Conv2d,
+    Einsum,
+    Exp,
+    Full,
+    Linear,
+    Matmul,
+    Mul,
+    Neg,
+    Repeat,
+    Reshape,
+    Split,
+    Sub,
+    Tanh,
+)
+from trimtab.ir.weights import Weight
 
 BATCH, SEQ = symbol("batch", 1, 8), symbol("seq", 1, 64)
 
@@ -235,3 +256,56 @@ def test_the_view_of_nothing_has_a_border() -> None:
 
 def test_elements_are_products() -> None:
     assert product(f32(BATCH, 3).shape) == f32(BATCH, 3).elements
+
+
+# -- expressions ------------------------------------------------------------------------------------------------------
+
+
+def _expression(*, swap: bool = False, scale: float = 2.0, group: bool = False, dead: bool = False) -> Module:
+    """``tanh(x) * scale - w``."""
+    b = Builder()
+    x, w = b.input("x", f32(BATCH, 4)), b.module.main.weight(b.module.add_weight(_W))
+    if dead:
+        b(Exp(x))
+    y = b(Mul(b(Tanh(x)), b.scalar(scale, DType.F32)))
+    b.output(b(Sub(w, y) if swap else Sub(y, w)), names=["y"])
+    if group:
+        members = [op for op in b.module.main.ops if not isinstance(op, Full)]
+        fuse(b.module, members, members[-1])
+    return b.module
+
+
+_W = Weight.from_tensor("w", torch.randn(4))
+
+
+def test_modules_of_the_same_expressions_are_recognised() -> None:
+    plain = _expression()
+    assert same_expressions(plain, plain.copy())
+    assert same_expressions(plain, _expression(dead=True))
+    assert same_expressions(_expression(group=True, dead=True), plain)
+
+
+@pytest.mark.parametrize("other", [{"swap": True}, {"scale": -2.0}, {"swap": True, "group": True}], ids=str)
+def test_modules_of_other_expressions_are_told_apart(other: dict[str, Any]) -> None:
+    assert not same_expressions(_expression(), _expression(**other))
+
+
+def test_weights_of_other_data_and_outputs_of_other_names_are_other_expressions() -> None:
+    plain, other = _expression(), _expression()
+    other.weights["w"] = Weight.from_tensor("w", torch.zeros(4))
+    assert not same_expressions(plain, other)
+    renamed = _expression()
+    renamed.main.set_outputs(renamed.main.outputs, ["z"])
+    assert not same_expressions(plain, renamed)
+
+
+def test_repeated_bodies_are_not_looked_into() -> None:
+    module = looped(3)
+    assert not same_expressions(module, module.copy())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_modules_are_the_same_expressions_as_their_copies(seed: int) -> None:
+    module = random_module(seed, 40)
+    repeats = any(isinstance(op, Repeat) for op in module.walk())
+    assert same_expressions(module, module.copy()) is not repeats

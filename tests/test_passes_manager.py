@@ -209,6 +209,41 @@ def test_broken_exact_pass_is_named_among_honest_ones(module: Module) -> None:
     assert "after dedup-weights, simplify-identities" in error.where
 
 
+def test_a_culprit_is_named_among_passes_of_both_exact_contracts(module: Module) -> None:
+    honest = [Scale(1.0), RoundingScale(1 + 1e-8), Scale(1.0), RoundingScale(1 - 1e-8)]
+    _, report = PassManager(honest).run(module)
+    assert [row.drift is not None and row.drift.relative < 1e-7 for row in report.rows] == [True] * 4
+    for culprit in (Scale(1 + 1e-3), RoundingScale(1 + 1e-3)):
+        error = failure(lambda: PassManager([*honest, culprit, *honest]).run(module))  # noqa: B023
+        assert isinstance(error, ContractError)
+        assert f"the pass {culprit.name} broke its contract" in error.what
+
+
+def test_an_exact_pass_is_not_excused_by_another_one_that_undoes_it(module: Module) -> None:
+    passes = [RoundingScale(1.0), Scale(2.0), RoundingScale(1.0), Scale(0.5), RoundingScale(1.0)]
+    assert "the pass scale broke its contract" in failure(lambda: PassManager(passes).run(module)).what
+
+
+def test_small_errors_that_add_up_are_nobodys_fault(module: Module) -> None:
+    passes = [RoundingScale(1 + 7e-7), Scale(1.0)] * 3
+    _, report = PassManager(passes).run(module)
+    assert all(row.drift is not None and row.drift.relative < 1e-6 for row in report.rows)
+
+
+def test_a_module_of_the_same_expressions_is_not_evaluated(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.passes import contract_check
+
+    evaluated: list[Module] = []
+    evaluate = contract_check.evaluate
+    monkeypatch.setattr(contract_check, "evaluate", lambda *given: evaluated.append(given[0]) or evaluate(*given))
+    _, report = PassManager("dce,group-fusions").run(module)
+    assert [row.changed for row in report.rows] == [True, True]
+    assert [str(row.drift) for row in report.rows] == ["none", "none"]
+    assert not evaluated
+    PassManager([Scale(1.0)]).run(module)
+    assert evaluated
+
+
 def test_signed_zeros_count() -> None:
     b = Builder()
     b.output(b(ops.Neg(b.input("x", TensorType(DType.F32, (64,))))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from trimtab.ir.attributes import print_attribute
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.op import Op
@@ -42,12 +44,13 @@ def graphs_equal(left: Graph, right: Graph) -> bool:
     return all(map(match, left.outputs, right.outputs))
 
 
+def op_signature(op: Op) -> Hashable:
+    """All that two ops must have in common to compute the same from the same operands, but for their regions."""
+    groups = tuple(len(held) if isinstance(held, tuple) else held is not None for _, held in op.arguments())
+    # Text keeps 0.0 and -0.0, and 1 and 1.0, apart.
+    attributes = tuple((name, print_attribute(value)) for name, value in op.attributes.items())
+    return type(op), groups, attributes, tuple(result.type for result in op.results)
+
+
 def _ops_equal(a: Op, b: Op) -> bool:
-    return (
-        type(a) is type(b)
-        and [len(held) if isinstance(held, tuple) else held is not None for _, held in a.arguments()]
-        == [len(held) if isinstance(held, tuple) else held is not None for _, held in b.arguments()]
-        and all(print_attribute(a.attributes[n]) == print_attribute(b.attributes[n]) for n in a.attributes)
-        and [value.type for value in a.results] == [value.type for value in b.results]
-        and all(map(graphs_equal, a.regions, b.regions))
-    )
+    return op_signature(a) == op_signature(b) and all(map(graphs_equal, a.regions, b.regions))

@@ -45,7 +45,13 @@ class _Run:
             return self.weights[id]
         weight = self.module.weights[id]
         data = weight.tensor()
-        return data.to(self.dtype(weight.type.dtype)) if self.precision is not None else data
+        if self.precision is None:
+            return data
+        import torch
+
+        # In row-major order at once, where it would be copied to that afterwards.
+        order = torch.contiguous_format if self.row_major else torch.preserve_format
+        return data.to(self.dtype(weight.type.dtype), memory_format=order)
 
 
 def interpret(

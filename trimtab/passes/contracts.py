@@ -183,6 +183,8 @@ def measure(before: torch.Tensor, after: torch.Tensor, where: str = "") -> Drift
         return Drift(math.inf, 0.0, max(before.numel(), after.numel(), 1), where)
     if not before.numel():
         return Drift(where=where)
+    if torch.equal(_bits(before), _bits(after)):
+        return Drift(0.0, _scale(before), 0, where)
     same = before == after
     if before.dtype.is_floating_point:
         # == calls 0.0 and -0.0 the same, and NaN and NaN not.
@@ -190,11 +192,28 @@ def measure(before: torch.Tensor, after: torch.Tensor, where: str = "") -> Drift
         same |= before.isnan() & after.isnan()
     differing = int(before.numel() - same.sum())
     wide_before, wide_after = before.to(torch.float64), after.to(torch.float64)
-    finite = wide_before[wide_before.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
+    scale = _scale(wide_before)
     if not differing:
         return Drift(0.0, scale, 0, where)
     unmoved = same | wide_before.isnan()
     gap = torch.where(unmoved, 0.0, (wide_after - wide_before).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     resolution = torch.finfo(before.dtype).eps if before.dtype.is_floating_point else 0.0
     return Drift(float(gap.max()), scale, differing, where, resolution)
+
+
+def _bits(data: torch.Tensor) -> torch.Tensor:
+    """``data``, or for a floating type integers of the same bits."""
+    import torch
+
+    if not data.dtype.is_floating_point:
+        return data
+    return data.view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(data.element_size(), torch.uint8))
+
+
+def _scale(data: torch.Tensor) -> float:
+    """The largest finite magnitude in ``data``, or 0."""
+    import torch
+
+    if not data.dtype.is_floating_point:
+        return float(data.to(torch.float64).abs().max())
+    return float(data.abs().nan_to_num_(nan=0.0, posinf=0.0).max())

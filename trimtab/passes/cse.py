@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trimtab.ir.attributes import print_attribute
 from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.equality import op_signature
 from trimtab.ir.op import Op
 from trimtab.ir.ops import Maximum, Minimum
 from trimtab.ir.rewrite import Rewrites
@@ -50,10 +50,7 @@ def _key(op: Op) -> Hashable:
     # max(0.0, -0.0) and max(-0.0, 0.0) may differ in sign, so their order counts.
     if op.commutative and not isinstance(op, Maximum | Minimum):
         operands[:2] = sorted(operands[:2])
-    groups = tuple(len(held) if isinstance(held, tuple) else held is not None for _, held in op.arguments())
-    # Text keeps 0.0 and -0.0, and 1 and 1.0, apart.
-    attributes = tuple((name, print_attribute(value)) for name, value in op.attributes.items())
-    return type(op), tuple(operands), groups, attributes, tuple(result.type for result in op.results)
+    return op_signature(op), tuple(operands)
 
 
 def _identity(value: Value) -> tuple[str, int]:
