@@ -1,17 +1,20 @@
-"""Products whose first factor is too large for the second-level cache: the depth is covered part by part.
+"""Products whose first factor is too large for the second-level cache: rows or depth are covered part by part.
 
-With the whole depth at once, the rows of A leave the cache while one panel of B passes, and come back for the next.  A
-part of them stays, at the price that the sums of a few panels go to memory and back once per part.
+With all rows at once, A leaves the cache while one panel of B passes, and comes back for the next.  A block of rows
+stays while all panels pass.  Where rows are so long that few of them would stay, and each panel would be read for a few
+tiles only, a part of the depth of all rows stays instead, at the price that the sums of a few panels go to memory and
+back once per part.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.expression import Expr, int_value
-from trimtab.backends.tvm.codegen.loops import Stmt, index, load, loop, minimum, scratch, sequence
+from trimtab.backends.tvm.codegen.loops import Stmt, ceil_div, index, load, loop, minimum, scratch, sequence
 from trimtab.backends.tvm.codegen.tile_product import SHORT, without_casts
 from trimtab.ir.dtypes import DType
 
@@ -22,20 +25,41 @@ PANELS_TOGETHER = 4
 """Most panels whose sums are kept."""
 DEPTH_STEP = 64
 """Parts of the depth are multiples of this, as the micro-kernels of narrow types want them."""
+LEAST_ROWS = 64
+"""Rows that a panel must be read for: with fewer, reading it from memory takes longer than multiplying by it."""
+MANY_TASKS = 16
+"""With so many tasks for each thread it does not matter that the number of threads does not divide them."""
+
+
+def row_blocks(kernel: ContractionKernel) -> int:
+    """Blocks of rows to pass all panels by, one after the other; 1 where A stays in the cache or depth is divided."""
+    parts, rows = _parts_of_cache(kernel), int_value(kernel.m.extent)
+    if parts == 1 or rows is None or rows < parts * LEAST_ROWS:
+        return 1
+    panels, threads = ceil_div(kernel.n.extent, kernel.tile.columns), kernel.machine.threads
+    known = int_value(panels)
+    if known is None:
+        return parts
+    return next(n for n in count(parts) if n * known % threads == 0 or n * known >= MANY_TASKS * threads)
 
 
 def depth_part(kernel: ContractionKernel) -> int:
     """Depth to take at a time so that the rows of A stay in the cache while panels pass; 0 for all at once."""
+    parts, depth = _parts_of_cache(kernel), int_value(kernel.k.extent)
+    if parts == 1 or depth is None or row_blocks(kernel) > 1:
+        return 0
+    return -(-depth // (parts * DEPTH_STEP)) * DEPTH_STEP
+
+
+def _parts_of_cache(kernel: ContractionKernel) -> int:
+    """Into how many parts A must be divided to leave half of the cache to the rest."""
     rows, depth = int_value(kernel.m.extent), int_value(kernel.k.extent)
     if kernel.products is None or kernel.a_rows is None or kernel.panels is None or kernel.c.batch:
-        return 0
-    if rows is None or depth is None:
-        return 0
+        return 1
+    if rows is None or depth is None or rows <= 2 * kernel.tile.rows:
+        return 1
     room = kernel.machine.cache_bytes // 2 // (DType(SHORT[kernel.a_rows.dtype]).bits // 8)
-    if rows <= 2 * kernel.tile.rows or rows * depth <= room:
-        return 0
-    count = -(-rows * depth // room)
-    return -(-depth // (count * DEPTH_STEP)) * DEPTH_STEP
+    return -(-rows * depth // room)
 
 
 def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:

@@ -22,7 +22,7 @@ from trimtab.backends.tvm.codegen.contraction import (
     accesses_of,
     has_only_loads_as_users,
 )
-from trimtab.backends.tvm.codegen.depth_parts import depth_part, product_by_parts
+from trimtab.backends.tvm.codegen.depth_parts import depth_part, product_by_parts, row_blocks
 from trimtab.backends.tvm.codegen.expression import (
     Expr,
     as_index,
@@ -128,12 +128,17 @@ class ContractionKernel:
         columns, rows = self.n.extent, self.m.extent
         panels = ceil_div(columns, self.tile.columns)
         batch = product([extent for _, extent in self.c.batch])
-        blocks = self._row_blocks(batch, panels)
+        in_cache = row_blocks(self)
+        blocks = in_cache if in_cache > 1 else self._row_blocks(batch, panels)
         batch_axes = Flattener(self.c.batch)
         if step := depth_part(self):
             return self._link(product_by_parts(self, step))
 
         def task(flat: Expr) -> Stmt:
+            if in_cache > 1:
+                # All panels pass a block of rows before the next one; such products have no batch.
+                block = tirx.floordiv(flat, panels)
+                return bind(block, lambda b: self._panel(tirx.floormod(flat, panels), b, blocks, {}), "block")
             block = tirx.floormod(flat, index(blocks)) if blocks > 1 else index(0)
             rest = tirx.floordiv(flat, index(blocks)) if blocks > 1 else flat
             single = int_value(batch) == 1
@@ -236,7 +241,7 @@ class ContractionKernel:
         def tiles(height: int, spill: Any) -> Stmt:
             tile = Tile(height, self.tile.columns, self.tile.lanes)
 
-            def one(start: Expr) -> Stmt:
+            def one(start: Expr, number: Expr) -> Stmt:
                 def a(row: Expr, k: Expr) -> Expr:
                     place = {**batch, **self.m.at(start + row, self.m_linear), **self.k.at(k, self.k_linear_a)}
                     return rewrite(self.c.a, place, call=lower_call)
@@ -255,27 +260,26 @@ class ContractionKernel:
                 return sequence(
                     self.products.call(
                         tile, self.a_rows.at(batch, start, index(0)), self.a_rows.stride, panel,
-                        load(spill, index(0), index(0)), depth, FIRST, following, tirx.floordiv(start, index(height))
+                        load(spill, index(0), index(0)), depth, FIRST, following, number
                     ),
                     write,
                 )  # fmt: skip
 
             return self.products.around(tile, cover(height, one)) if self.products else cover(height, one)
 
-        def cover(height: int, one: Callable[[Expr], Stmt]) -> Stmt:
+        def cover(height: int, one: Callable[[Expr, Expr], Stmt]) -> Stmt:
+            def at(t: Expr, first: Expr | int = 0) -> Stmt:
+                return bind(minimum((first + t) * height, rows - height), lambda start: one(start, t), "row")
+
             if int_value(rows) == height:
-                return one(index(0))
+                return one(index(0), index(0))
             count = ceil_div(rows, height)
             if blocks > 1:
                 share = ceil_div(count, blocks)
                 begin = block * share
                 end = minimum(begin + share, count)
-                return loop(
-                    tirx.max(end - begin, index(0)),
-                    lambda t: bind(minimum((begin + t) * height, rows - height), one, "row"),
-                    name="tile",
-                )
-            return loop(count, lambda t: bind(minimum(t * height, rows - height), one, "row"), name="tile")
+                return loop(tirx.max(end - begin, index(0)), lambda t: at(t, begin), name="tile")
+            return loop(count, at, name="tile")
 
         def body(spill: Any) -> Stmt:
             known = int_value(rows)
