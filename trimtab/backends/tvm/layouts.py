@@ -1,4 +1,4 @@
-"""How weights are stored: plain, or with the columns of a linear layer in panels.
+"""How weights are stored: plain, or in panels of the columns of a linear layer or of the filters of a depthwise one.
 
 A layout is declared and invertible: the artifact keeps each weight once, in the form the kernel reads, and restores
 the plain form from it.
@@ -6,6 +6,7 @@ the plain form from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from trimtab.backends.tvm.microkernels.tiles import preferred_tiles
 from trimtab.ir import ops
 from trimtab.ir.core import Module, Use, Value
 from trimtab.ir.dtypes import DType
+from trimtab.ir.op import Op
 from trimtab.ir.weights import Weight
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Layout:
     ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
-    quadruples read it.
+    quadruples read it.  ``kind="filters"``: depthwise filters ``[C, 1, kh, kw]`` as the panels of a matrix ``[C, kh * kw]``.
     """
 
     kind: str = "plain"
@@ -45,14 +47,19 @@ class Layout:
         """Shape in storage of a weight whose plain shape is ``shape``."""
         if self.is_plain:
             return shape
-        *stack, rows, depth = shape
+        *stack, rows, depth = self._matrices(shape)
         inner = (self.block, self.group) if self.group > 1 else (self.block,)
         return (*stack, -(-rows // self.block), depth // self.group, *inner)
+
+    def _matrices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """``shape`` with the axes of each filter as one."""
+        return (*shape[:-3], math.prod(shape[-3:])) if self.kind == "filters" else shape
 
     def pack(self, data: torch.Tensor) -> torch.Tensor:
         """The stored form of ``data``."""
         if self.is_plain:
             return data
+        data = data.reshape(self._matrices(tuple(data.shape)))
         *stack, rows, depth = data.shape
         padded = -(-rows // self.block) * self.block
         full = data.new_zeros(*stack, padded, depth) if padded != rows else data
@@ -65,9 +72,9 @@ class Layout:
         """The plain form of what :meth:`pack` made from a weight of ``shape``."""
         if self.is_plain:
             return stored
-        *stack, rows, depth = shape
+        *stack, rows, depth = self._matrices(shape)
         grouped = stored if self.group > 1 else stored.unsqueeze(-1)
-        return grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :].contiguous()
+        return grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :].reshape(shape).contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a manifest."""
@@ -93,14 +100,15 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
 
     data = weight.tensor()
     step = layout.block * panels_at_once
-    for matrix in data.reshape(-1, *data.shape[-2:]):
+    rank = 4 if layout.kind == "filters" else 2
+    for matrix in data.reshape(-1, *data.shape[-rank:]):
         for start in range(0, matrix.shape[0], step):
             stored = layout.pack(matrix[start : start + step])
             yield stored.reshape(-1).view(torch.uint8).numpy().data
 
 
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
-    """A layout for every weight: panels for a matrix of linear layers, else plain.
+    """A layout for every weight: panels for a matrix of linear layers and for depthwise filters, else plain.
 
     A tied table of embeddings lies in panels too: picking rows from them costs less than packing them in every call.
     """
@@ -114,7 +122,12 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
         found = list(_readers(uses))
         multiplied = weight.type.dtype.is_floating and any(map(_is_matrix_of_linear, found))
         packable = multiplied and all(_is_matrix_of_linear(use) or _is_table(use) for use in found)
-        layouts[id] = _panels(weight, found, machine) if packable else PLAIN
+        if packable:
+            layouts[id] = _panels(weight, found, machine)
+        elif weight.type.dtype.is_floating and found and all(map(_is_filter, found)):
+            layouts[id] = Layout("filters", machine.lanes("float64" if weight.type.dtype.bits == 64 else "float32"))
+        else:
+            layouts[id] = PLAIN
     return layouts
 
 
@@ -127,6 +140,14 @@ def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, Lay
                 if value.is_weight and not layouts[value.weight].is_plain:
                     packed[inner] = layouts[value.weight]
     return packed
+
+
+def is_depthwise(op: Op) -> bool:
+    """Whether a convolution has one filter ``[1, kh, kw]`` for each channel."""
+    if not isinstance(op, ops.Conv2d):
+        return False
+    channels, depth = op.weight.type.shape[:2]
+    return op.groups == channels and depth == 1
 
 
 def stored_form(value: Value) -> Value:
@@ -160,6 +181,11 @@ def _is_matrix_of_linear(use: Use) -> bool:
 
 def _is_table(use: Use) -> bool:
     return isinstance(use.user, ops.Embedding) and use.index == 0
+
+
+def _is_filter(use: Use) -> bool:
+    op = use.user
+    return use.index == 1 and is_depthwise(op) and op.channels_last and isinstance(op.result.type.shape[2], int)  # type: ignore[attr-defined]
 
 
 def _panels(weight: Weight, readers: Iterable[Use], machine: Machine) -> Layout:

@@ -23,6 +23,7 @@ from trimtab.backends.tvm.codegen.contraction import (
     has_only_loads_as_users,
 )
 from trimtab.backends.tvm.codegen.depth_parts import depth_part, product_by_parts, row_blocks
+from trimtab.backends.tvm.codegen.epilogue import store_result
 from trimtab.backends.tvm.codegen.expression import (
     Expr,
     as_index,
@@ -305,7 +306,7 @@ class ContractionKernel:
             def element(column: Expr) -> Stmt:
                 place = self.n.at(first_column + column, self.n_linear_out)
                 axes = {**batch, **self.m.at(start + r, self.m_linear), **place}
-                return self._output(axes, sums(r, column))
+                return store_result(self.c, axes, sums(r, column))
 
             whole = vectors(self.tile.columns, self.tile.lanes, element)
             known = int_value(self.n.extent)
@@ -318,19 +319,6 @@ class ContractionKernel:
             return tirx.IfThenElse(first_column + index(self.tile.columns) <= self.n.extent, whole, cut)
 
         return loop(rows, row, name="row")
-
-    def _output(self, axes: dict[Any, Expr], product_value: Expr) -> Stmt:
-        c, out = self.c.stage, self.c.output
-        if out is None:
-            return store(c.buffer, [axes[axis] for axis in c.axes], product_value)
-        names = {place: axes[axis] for place, axis in zip(self.c.places, c.axes, strict=True)}
-        var = tirx.Var("product", product_value.ty)
-
-        def own(buffer: Any, indices: list[Expr]) -> Expr | None:
-            return var if buffer.same_as(c.buffer) else None
-
-        value = rewrite(out.value, names, own, lower_call)
-        return store(out.buffer, [names[axis] for axis in out.axes], tirx.Let(var, product_value, value))
 
     def _output_accesses(self) -> list[tuple[Any, Any]]:
         c, out = self.c.stage, self.c.output

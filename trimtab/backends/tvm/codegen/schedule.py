@@ -16,6 +16,7 @@ from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage, inline_pointwise, read_program
 from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages, share_all_axes
+from trimtab.backends.tvm.codegen.windows import Window, WindowKernel, find_window
 
 
 def schedule_module(module: Any, machine: Machine) -> Any:
@@ -33,17 +34,17 @@ def schedule_function(function: Any, machine: Machine) -> Any:
     if program is None:
         return function
     program = inline_pointwise(program)
-    segments = _segments(program)
+    segments = _segments(program, machine)
     body = sequence(*(_generate(program, segment, segments, machine) for segment in segments))
     shared = [b for b in program.temporaries if not _is_local(program, b, segments)]
     body = sequence(*(tirx.AllocBuffer(buffer) for buffer in shared), body)
     return tirx.PrimFunc(function.params, body, function.ret_type, function.attrs)
 
 
-Segment = Contraction | list[Stage]
+Segment = Contraction | Window | list[Stage]
 
 
-def _segments(program: Program) -> list[Segment]:
+def _segments(program: Program, machine: Machine) -> list[Segment]:
     segments: list[Segment] = []
     pending: list[Stage] = []
 
@@ -54,24 +55,24 @@ def _segments(program: Program) -> list[Segment]:
     stages = list(program.stages)
     while stages:
         stage = stages.pop(0)
-        contraction = find_contraction(stage) if stage.is_reduction else None
-        if contraction is None:
+        tiled = find_contraction(stage) or find_window(stage) if stage.is_reduction else None
+        if tiled is None or (isinstance(tiled, Window) and not WindowKernel(tiled, machine).is_short):
             pending.append(stage)
             continue
         flush()
-        if stages and _take_epilogue(program, contraction, stages[0]):
+        if stages and _take_epilogue(program, tiled, stages[0]):
             stages.pop(0)
-        segments.append(contraction)
+        segments.append(tiled)
     flush()
     return segments
 
 
-def _take_epilogue(program: Program, contraction: Contraction, stage: Stage) -> bool:
-    """Make ``stage`` the epilogue of a contraction where it turns each element of the product into one of its own.
+def _take_epilogue(program: Program, tiled: Contraction | Window, stage: Stage) -> bool:
+    """Make ``stage`` the epilogue of what is computed by tiles where it turns each element into one of its own.
 
-    The axes of the result may be in another order than those of the product.
+    The axes of the result may be in another order than those of the tiles.
     """
-    product = contraction.stage
+    product = tiled.stage
     if stage.is_reduction or not program.is_temporary(product.buffer):
         return False
     if any(reader is not stage for reader in program.readers(product.buffer)):
@@ -80,7 +81,7 @@ def _take_epilogue(program: Program, contraction: Contraction, stage: Stage) -> 
     found = [_places(load.indices, stage, product) for load in own]
     if not found or any(places is None or places != found[0] for places in found):
         return False
-    contraction.output, contraction.places = stage, list(found[0] or ())
+    tiled.output, tiled.places = stage, list(found[0] or ())
     return True
 
 
@@ -105,6 +106,8 @@ def _places(indices: Sequence[Expr], reader: Stage, product: Stage) -> list[Any]
 def _generate(program: Program, segment: Segment, segments: Sequence[Segment], machine: Machine) -> Stmt:
     if isinstance(segment, Contraction):
         return ContractionKernel(segment, machine).generate()
+    if isinstance(segment, Window):
+        return WindowKernel(segment, machine).generate()
     local = [b for b in program.temporaries if _is_local(program, b, [segment])]
     if not any(stage.is_reduction for stage in segment) and share_all_axes(program, segment):
         return ElementKernel(machine, segment, local).generate()
@@ -115,7 +118,7 @@ def _generate(program: Program, segment: Segment, segments: Sequence[Segment], m
 def _is_local(program: Program, buffer: Any, segments: Sequence[Segment]) -> bool:
     """Whether one of ``segments`` both writes a temporary and is the only one to read it."""
     for segment in segments:
-        if isinstance(segment, Contraction):
+        if isinstance(segment, Contraction | Window):
             if segment.output is not None and (segment.stage.buffer.same_as(buffer)):
                 return True
             continue

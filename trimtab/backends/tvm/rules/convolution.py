@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import te, tirx
 
+from trimtab.backends.tvm.layouts import is_depthwise
 from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.rules.registry import (
     Expr,
@@ -43,10 +44,20 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, 
     return lambda *i: tensor(*i)
 
 
+def window_places(op: Any, at: Sequence[Expr], taps: Sequence[Any], dilation: Sequence[int]) -> list[Expr]:
+    """What a window of the result at ``at`` reads: a place on each spatial axis, perhaps outside of the tensor."""
+    return [
+        i * i64(stride) - i64(padding) + tap.var * i64(step)
+        for i, tap, stride, padding, step in zip(at, taps, op.stride, op.padding, dilation, strict=True)
+    ]
+
+
 @lowers(ops.Conv1d, ops.Conv2d, ops.Conv3d)
 def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
     work = work_type(x.dtype)
     last = isinstance(op, ops.Conv2d) and op.channels_last
+    if last and is_depthwise(op) and isinstance(op.x.type.shape[2], int):
+        return rounded(op, scope, _with_bias(op, scope, _depthwise(op, scope, x, weight), bias))
     read = padded(x, op.padding, op.padding, 1 if last else 2, work)
     per_group_in = op.weight.type.shape[1]
     outputs = op.weight.type.shape[0]
@@ -77,10 +88,31 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
         return te.sum(product, axis=axes) if axes else product
 
     shape = scope.shape(op.result.type.shape)
-    product = compute(shape, term, "conv")
-    if bias is not None:
-        product = compute(shape, lambda *i, p=product: p(*i) + cast(bias(i[-1 if last else 1]), work), "conv_bias")
-    return rounded(op, scope, product)
+    return rounded(op, scope, _with_bias(op, scope, compute(shape, term, "conv"), bias))
+
+
+def _with_bias(op: Any, scope: Scope, product: Any, bias: Operand | None) -> Any:
+    if bias is None:
+        return product
+    channel = -1 if isinstance(op, ops.Conv2d) and op.channels_last else 1
+    work = str(product.dtype)
+    return compute(
+        scope.shape(op.result.type.shape), lambda *i: product(*i) + cast(bias(i[channel]), work), "conv_bias"
+    )
+
+
+def _depthwise(op: Any, scope: Scope, x: Operand, weight: Operand) -> Any:
+    """One filter a channel, channels last: windows read in place, each with the elements inside of the tensor only."""
+    work = work_type(x.dtype)
+    height, width = op.weight.type.shape[2:]
+    taps = [te.reduce_axis((i64(0), i64(size)), "t") for size in (height, width)]
+
+    def term(batch: Expr, row: Expr, column: Expr, channel: Expr) -> Expr:
+        places = window_places(op, (row, column), taps, op.dilation)
+        value = guarded(places, x.shape[1:3], lambda at: cast(x(batch, *at, channel), work), const(0, work))
+        return te.sum(value * cast(weight.tap(channel, *(t.var for t in taps)), work), axis=taps)
+
+    return compute(scope.shape(op.result.type.shape), term, "conv")
 
 
 @lowers(ops.ConvTranspose1d, ops.ConvTranspose2d)
