@@ -15,7 +15,7 @@ from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.register_tile import NOTICEABLE
 from trimtab.backends.tvm.microkernels.tiles import preferred_tiles
 from trimtab.ir import ops
-from trimtab.ir.core import Module, Use, Value
+from trimtab.ir.core import Graph, Module, Use, Value
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
 from trimtab.ir.weights import Weight
@@ -32,7 +32,8 @@ class Layout:
     ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
-    quadruples read it.  ``kind="filters"``: depthwise filters ``[C, 1, kh, kw]`` as the panels of a matrix ``[C, kh * kw]``.
+    quadruples read it.  ``kind="filters"``: depthwise filters ``[C, 1, kh, kw]`` as panels of the matrix
+    ``[C, kh * kw]``.
     """
 
     kind: str = "plain"
@@ -122,12 +123,10 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
         found = list(_readers(uses))
         multiplied = weight.type.dtype.is_floating and any(map(_is_matrix_of_linear, found))
         packable = multiplied and all(_is_matrix_of_linear(use) or _is_table(use) for use in found)
-        if packable:
-            layouts[id] = _panels(weight, found, machine)
-        elif weight.type.dtype.is_floating and found and all(map(_is_filter, found)):
-            layouts[id] = Layout("filters", machine.lanes("float64" if weight.type.dtype.bits == 64 else "float32"))
-        else:
-            layouts[id] = PLAIN
+        filters = weight.type.dtype.is_floating and bool(found) and all(map(_is_filter, found))
+        layouts[id] = (
+            _panels(weight, found, machine) if packable else _filter_panels(weight, machine) if filters else PLAIN
+        )
     return layouts
 
 
@@ -142,12 +141,12 @@ def packed_inputs(module: Module, layouts: dict[str, Layout]) -> dict[Value, Lay
     return packed
 
 
-def is_depthwise(op: Op) -> bool:
-    """Whether a convolution has one filter ``[1, kh, kw]`` for each channel."""
-    if not isinstance(op, ops.Conv2d):
+def slides_over_channels_last(op: Op | Graph) -> bool:
+    """Whether an op is a convolution with a filter for each channel, of a tensor of known width with channels last."""
+    if not isinstance(op, ops.Conv2d) or not op.channels_last:
         return False
     channels, depth = op.weight.type.shape[:2]
-    return op.groups == channels and depth == 1
+    return op.groups == channels and depth == 1 and isinstance(op.x.type.shape[2], int)
 
 
 def stored_form(value: Value) -> Value:
@@ -184,8 +183,12 @@ def _is_table(use: Use) -> bool:
 
 
 def _is_filter(use: Use) -> bool:
-    op = use.user
-    return use.index == 1 and is_depthwise(op) and op.channels_last and isinstance(op.result.type.shape[2], int)  # type: ignore[attr-defined]
+    return use.index == 1 and slides_over_channels_last(use.user)
+
+
+def _filter_panels(weight: Weight, machine: Machine) -> Layout:
+    """Panels of as many channels as a vector of sums has."""
+    return Layout("filters", machine.lanes("float64" if weight.type.dtype.bits == 64 else "float32"))
 
 
 def _panels(weight: Weight, readers: Iterable[Use], machine: Machine) -> Layout:

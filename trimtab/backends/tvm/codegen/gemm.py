@@ -248,9 +248,7 @@ class ContractionKernel:
                     return rewrite(self.c.a, place, call=lower_call)
 
                 def finish(acc: list[Any]) -> Stmt:
-                    return sequence(
-                        each_vector(tile, lambda r, c: store(spill, [index(r), c], load(acc[r], c))), write
-                    )
+                    return sequence(each_vector(tile, lambda r, c: store(spill, [index(r), c], load(acc[r], c))), write)
 
                 write = self.store_tile(lambda r, c: load(spill, r, c), height, start, first_column, batch)
                 if self.products is None or self.a_rows is None:

@@ -1,4 +1,4 @@
-"""Loops for reductions over sliding windows, depthwise convolutions and pooling, of tensors whose channels lie innermost.
+"""Loops for reductions over sliding windows: depthwise convolutions and pooling of tensors with channels innermost.
 
 A tile is several neighbouring results of a row for a few vectors of channels, all of them accumulators in registers, so
 that an element that was loaded serves every window that covers it.  Taps outside of the tensor are left out: for
@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvm import ir, tirx
+from tvm import tirx
 from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.contraction import Axes, Flattener
 from trimtab.backends.tvm.codegen.epilogue import store_result
-from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, loads_of, rewrite, variables_of
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, loads_of, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
     bind_all,
-    floor_div,
     index,
     lanes_of,
     load,
@@ -97,25 +96,23 @@ def find_window(stage: Stage) -> Window | None:
         return None
     read, factor = (stage.value.a, stage.value.b) if isinstance(stage.value, tirx.Mul) else (stage.value, None)
     guarded = _without_guard(read, stage.init)
-    if guarded is None:
+    if guarded is None or len(guarded[1]) != 2:
         return None
-    value, bounds = guarded
+    value, places = guarded
     axes = list(zip(stage.axes, stage.extents, strict=True))
-    sliding = [_sliding(place, size, axes, stage.reduce_axes) for place, size in bounds]
-    if len(sliding) != 2 or None in sliding or len({s.tap for s in sliding if s}) != 2:
-        return None
-    rows, columns = sliding
+    rows, columns = (_sliding(place, size, axes, stage.reduce_axes) for place, size in places)
     channel, channels = stage.axes[-1], int_value(stage.extents[-1])
-    known = None not in (channels, int_value(columns.extent), int_value(columns.size))
-    if channel in (rows.axis, columns.axis) or not known:
+    if rows is None or columns is None or channels is None or channel in (rows.axis, columns.axis):
+        return None
+    if rows.tap is columns.tap or None in (int_value(columns.extent), int_value(columns.size)):
         return None
     if factor is not None:
         value = tirx.Mul(value, factor)
-    widths = {_panel_width(load, channel) for load in loads_of(value)} - {0}
+    widths = {_panel_width(access, channel) for access in loads_of(value)} - {0}
     if None in widths or len(widths) > 1:
         return None
-    outer = [(axis, extent) for axis, extent in axes[:-1] if axis not in (rows.axis, columns.axis)]
-    panel = widths.pop() if widths else 0
+    outer = [pair for pair in axes[:-1] if pair[0] not in (rows.axis, columns.axis)]
+    panel = next(iter(widths)) or 0 if widths else 0
     return Window(stage, outer, rows, columns, channel, channels, panel, value, places=stage.axes)
 
 
@@ -152,14 +149,16 @@ def _sliding(place: Expr, size: Expr, axes: Axes, taps: Axes) -> Sliding | None:
     if len(own) != 1 or len(tap) != 1:
         return None
     found = list(detect_linear_equation(Analyzer().simplify(place), [own[0][0], tap[0][0]]))
-    steps, length = [int_value(step) for step in found], int_value(tap[0][1])
-    if len(steps) != 3 or None in steps or length is None or min(steps[:2]) < 1:
+    steps = [step for term in found if (step := int_value(term)) is not None]
+    length = int_value(tap[0][1])
+    if len(steps) != 3 or length is None or min(steps[:2]) < 1:
         return None
-    return Sliding(*own[0], tap[0][0], length, *steps, size)
+    stride, dilation, offset = steps
+    return Sliding(*own[0], tap[0][0], length, stride, dilation, offset, size)
 
 
 def _panel_width(access: Any, channel: Any) -> int | None:
-    """0 where an access is contiguous along the channels, the panel's width where it is in panels of them, else None."""
+    """0 where an access is contiguous along the channels, the panels' width where they are in panels, else None."""
     *others, last = access.indices
     if last.same_as(channel):
         return None if channel in variables_of(*others) else 0
@@ -185,115 +184,125 @@ class WindowKernel:
         self.w = window
         self.machine = machine
         self.dtype = str(window.stage.buffer.dtype)
-        width, accumulators = int(int_value(window.columns.extent) or 0), max(r * v for r, v in machine.tiles)
-        tiles = -(-width // min(accumulators, _WIDEST_TILE))
-        self.width = -(-width // tiles)
-        self.blocks = self._blocks(max(1, min(-(-machine.chains // self.width), accumulators // self.width)))
+        self.row, self.size = _known(window.columns.extent), _known(window.columns.size)
+        accumulators = max(rows * vectors for rows, vectors in machine.tiles)
+        tiles = -(-self.row // min(accumulators, _WIDEST_TILE))
+        self.width = -(-self.row // tiles)
+        self.blocks = self._blocks(-(-machine.chains // self.width), max(1, accumulators // self.width))
 
     @property
     def is_short(self) -> bool:
         """Whether the code has a reasonable length."""
         return self.width * self.w.columns.taps * self.blocks[0].vectors <= _LONGEST_CODE
 
-    def _blocks(self, vectors: int) -> list[_Block]:
-        """The channels in groups of ``vectors`` full vectors, and the rest in fewer and in narrower ones."""
-        lanes = min(self.machine.lanes(self.dtype), self.w.panel or math.inf)
-        sizes = [(vectors, lanes), *((1, lanes >> n) for n in range(int(lanes).bit_length()))]
+    def _blocks(self, least: int, most: int) -> list[_Block]:
+        """The channels in groups of ``least`` to ``most`` full vectors, and the rest in fewer and in narrower ones."""
+        lanes = self.machine.lanes(self.dtype)
+        if self.w.panel:
+            lanes = min(lanes, self.w.panel)
+        count = self.w.channels // lanes
+        sizes = range(min(least, most), most + 1) if count > most else [max(count, 1)]
+        vectors = min(sizes, key=lambda size: (count % size, size))
         blocks, start = [], 0
-        for many, width in sizes:
+        for many, width in [(vectors, lanes), *((1, lanes >> n) for n in range(lanes.bit_length()))]:
             count = (self.w.channels - start) // (many * width)
             if count:
-                blocks.append(_Block(start, count, many, int(width)))
+                blocks.append(_Block(start, count, many, width))
             start += count * many * width
         return blocks
 
     def generate(self) -> Stmt:
-        """The whole kernel, parallel over the outer axes, groups of channels and (when those are few) bands of rows."""
+        """The whole kernel, parallel over the outer axes, bands of rows, and parts of the channels.
+
+        A band has at least as many rows as a window where that is possible: the next one reads those at its end again.
+        """
         w = self.w
         outer = Flattener(w.outer)
-        groups = sum(block.count for block in self.blocks)
-        tasks = groups * (int_value(outer.extent) or 1)
-        threads, height = self.machine.threads, int_value(w.rows.extent)
-        even = tasks >= 3 * threads or tasks % threads == 0
-        bands = 1 if even or height is None else max(1, min(-(-3 * threads // tasks), height))
+        height, wanted = int_value(w.rows.extent), 3 * self.machine.threads
+        images = int_value(outer.extent) or 1
+        bands = min(-(-wanted // images), max(1, height // w.rows.taps) if height is not None else wanted)
+        parts = min(-(-wanted // (images * bands)), self.blocks[0].count)
 
         def task(flat: Expr) -> Stmt:
-            band, rest = (tirx.floormod(flat, index(bands)), tirx.floordiv(flat, index(bands))) if bands > 1 else (
-                index(0), flat)  # fmt: skip
-            group = tirx.floormod(rest, index(groups)) if groups > 1 else index(0)
-            at = outer.at(floor_div(rest, groups), linear=False)
-            return bind(group, lambda g: bind_all(at, lambda bound: self._groups(g, band, bands, bound), "outer"), "group")
+            part, rest = tirx.floormod(flat, index(parts)), tirx.floordiv(flat, index(parts))
+            band, image = tirx.floormod(rest, index(bands)), tirx.floordiv(rest, index(bands))
+            rows, share = _part(band, bands, as_index(w.rows.extent)), outer.at(image, linear=False)
+            return bind_all(share, lambda at: self._channels(at, part, parts, rows), "at")
 
-        known = [int_value(e) for e in (outer.extent, w.rows.extent, w.columns.extent)]
-        work = None if None in known else math.prod(known) * w.channels * w.rows.taps * w.columns.taps  # type: ignore[arg-type]
-        kind = "serial" if work is not None and work < self.machine.serial_work else "parallel"
-        return loop(outer.extent * index(groups * bands), task, kind, "task")
+        known = [int_value(extent) for extent in (outer.extent, w.rows.extent)]
+        work = math.prod([extent or 1 for extent in known]) * self.row * w.channels * w.rows.taps * w.columns.taps
+        kind = "serial" if None not in known and work < self.machine.serial_work else "parallel"
+        return loop(outer.extent * index(bands * parts), task, kind, "task")
 
-    def _groups(self, group: Expr, band: Expr, bands: int, at: dict[Any, Expr]) -> Stmt:
-        """The group of channels with a number, whichever block it belongs to."""
-        ends = list(itertools.accumulate(block.count for block in self.blocks))
+    def _channels(self, at: dict[Any, Expr], part: Expr, parts: int, rows: tuple[Expr, Expr]) -> Stmt:
+        """One task: the groups of channels of a part, one after the other for the rows of a band."""
 
-        def one(position: int) -> Stmt:
-            block, end = self.blocks[position], ends[position]
+        def groups(block: _Block) -> Stmt:
+            begin, end = _part(part, parts, index(block.count))
             size = index(block.vectors * block.lanes)
-            channel = index(block.start) + (group - index(end - block.count)) * size
-            body = bind(channel, lambda c: self._band(block, c, band, bands, at), "channel")
-            return body if end == ends[-1] else tirx.IfThenElse(group < index(end), body, one(position + 1))
 
-        return one(0)
+            def group(n: Expr) -> Stmt:
+                return bind(
+                    index(block.start) + (begin + n) * size, lambda c: self._band(block, c, rows, at), "channel"
+                )
 
-    def _band(self, block: _Block, channel: Expr, band: Expr, bands: int, at: dict[Any, Expr]) -> Stmt:
-        height = as_index(self.w.rows.extent)
-        share = tirx.floordiv(height + index(bands - 1), index(bands))
-        first = band * share
+            return loop(end - begin, group, name="group")
 
-        def rows(tile: Any) -> Stmt:
-            def row(i: Expr) -> Stmt:
-                return bind(first + i, lambda y: self._row(block, channel, y, at, tile), "row")
+        return sequence(*map(groups, self.blocks))
 
-            return loop(height if bands == 1 else tirx.max(minimum(share, height - first), index(0)), row, name="row")
+    def _band(self, block: _Block, channel: Expr, rows: tuple[Expr, Expr], at: dict[Any, Expr]) -> Stmt:
+        first, end = rows
 
-        return scratch([self.width, block.vectors * block.lanes], self.dtype, rows, "tile")
+        def with_tile(tile: Any) -> Stmt:
+            def row(n: Expr) -> Stmt:
+                return bind(first + n, lambda y: self._row(block, {**at, self.w.rows.axis: y}, channel, tile), "row")
 
-    def _row(self, block: _Block, channel: Expr, y: Expr, at: dict[Any, Expr], tile: Any) -> Stmt:
-        """A row of results. Tiles that overlap the one before them write the same results again."""
-        w, width = self.w, self.width
-        extent = int(int_value(w.columns.extent) or 0)
-        starts = [*range(0, extent - width, width), extent - width]
+            return loop(end - first, row, name="row")
+
+        return scratch([self.width, block.vectors * block.lanes], self.dtype, with_tile, "tile")
+
+    def _row(self, block: _Block, at: dict[Any, Expr], channel: Expr, tile: Any) -> Stmt:
+        """A row of results. The last tile ends at the last one and may overlap the tile before it."""
+        starts = [*range(0, self.row - self.width, self.width), self.row - self.width]
         taps = [self._taps(start) for start in starts]
         whole = max(taps, key=len)
+        inner = [n for n, start in enumerate(starts) if taps[n] == whole and start == n * self.width]
 
         def tile_at(start: Expr, inside: Sequence[tuple[int, int]]) -> Stmt:
-            return self._tile(block, channel, y, start, inside, at, tile)
+            return self._tile(block, at, start, channel, inside, tile)
 
-        parts: list[Stmt] = []
-        for same, group in itertools.groupby(range(len(starts)), lambda n: taps[n] == whole and starts[n] == n * width):
-            members = list(group)
-            if not same:
-                parts += [tile_at(index(starts[n]), taps[n]) for n in members]
-            else:
-                first = starts[members[0]]
-                parts.append(loop(len(members), lambda n, f=first: tile_at(index(f) + n * index(width), whole), name="x"))
-        return sequence(*parts)
+        def alone(numbers: Iterable[int]) -> list[Stmt]:
+            return [tile_at(index(starts[n]), taps[n]) for n in numbers]
+
+        first, end = (inner[0], inner[-1] + 1) if inner else (0, 0)
+        middle = loop(end - first, lambda n: tile_at((n + index(first)) * index(self.width), whole), name="x")
+        return sequence(*alone(range(first)), middle, *alone(range(end, len(starts))))
 
     def _taps(self, start: int) -> list[tuple[int, int]]:
         """(result of the tile, tap) for all taps inside of the tensor, in the order of the elements that they read."""
-        c, size = self.w.columns, int(int_value(self.w.columns.size) or 0)
+        c = self.w.columns
 
         def place(pair: tuple[int, int]) -> int:
             return (start + pair[0]) * c.stride + pair[1] * c.dilation + c.offset
 
         pairs = itertools.product(range(self.width), range(c.taps))
-        return sorted((pair for pair in pairs if 0 <= place(pair) < size), key=place)
+        return sorted((pair for pair in pairs if 0 <= place(pair) < self.size), key=place)
 
     def _tile(
-        self, block: _Block, channel: Expr, y: Expr, start: Expr, inside: Sequence[tuple[int, int]],
-        at: dict[Any, Expr], tile: Any,
-    ) -> Stmt:  # fmt: skip
-        w, stage, lanes = self.w, self.w.stage, block.lanes
+        self,
+        block: _Block,
+        at: dict[Any, Expr],
+        start: Expr,
+        channel: Expr,
+        inside: Sequence[tuple[int, int]],
+        tile: Any,
+    ) -> Stmt:
+        """Neighbouring results from the column ``start`` on: sums in registers, then the epilogue."""
+        w, lanes = self.w, block.lanes
+        combiner, initial = w.stage.combine, w.stage.init
 
-        def each(body: Any) -> Stmt:
-            """``body(column)`` for the vectors of a group of channels."""
+        def each(body: Callable[[Expr], Stmt]) -> Stmt:
+            """``body(n)`` for the channels of a group."""
             return sequence(*(lanes_of(index(v * lanes), lanes, body) for v in range(block.vectors)))
 
         def with_sums(sums: list[Any]) -> Stmt:
@@ -301,43 +310,50 @@ class WindowKernel:
                 # A buffer per result: TVM keeps only small ones on the stack, and LLVM turns only those into registers.
                 return scratch([block.vectors * lanes], self.dtype, lambda sum: with_sums([*sums, sum]), "sum")
 
-            def taps(tap: Expr) -> Stmt:
-                def step(p: int, t: int) -> Stmt:
-                    place = {**at, w.rows.axis: y, w.columns.axis: start + index(p), w.rows.tap: tap, w.columns.tap: index(t)}
+            def step(tap: Expr, p: int, t: int) -> Stmt:
+                place = {**at, w.columns.axis: start + index(p), w.rows.tap: tap, w.columns.tap: index(t)}
 
-                    def element(c: Expr) -> Stmt:
-                        operand = rewrite(w.value, {**place, w.channel: channel + c}, call=lower_call)
-                        return store(sums[p], [c], combine(stage.combine, load(sums[p], c), operand))
+                def add(n: Expr) -> Stmt:
+                    operand = rewrite(w.value, {**place, w.channel: channel + n}, call=lower_call)
+                    return store(sums[p], [n], combine(combiner, load(sums[p], n), operand))
 
-                    return each(element)
-
-                return sequence(*(step(p, t) for p, t in inside))
+                return each(add)
 
             return sequence(
-                *(each(lambda c, sum=sum: store(sum, [c], stage.init)) for sum in sums),
-                self._window_rows(y, taps),
-                *(each(lambda c, p=p: store(tile, [index(p), c], load(sums[p], c))) for p in range(self.width)),
+                *(each(lambda n, sum=sum: store(sum, [n], initial)) for sum in sums),  # type: ignore[misc]
+                self._window_rows(at[w.rows.axis], lambda tap: sequence(*(step(tap, p, t) for p, t in inside))),
+                *(each(lambda n, p=p: store(tile, [index(p), n], load(sums[p], n))) for p in range(self.width)),  # type: ignore[misc]
             )
 
         def finish(p: Expr) -> Stmt:
-            place = {**at, w.rows.axis: y, w.columns.axis: start + p}
-            return each(lambda c: store_result(w, {**place, w.channel: channel + c}, load(tile, p, c)))
+            place = {**at, w.columns.axis: start + p}
+            return each(lambda n: store_result(w, {**place, w.channel: channel + n}, load(tile, p, n)))
 
         return sequence(with_sums([]), loop(self.width, finish, name="result"))
 
-    def _window_rows(self, y: Expr, body: Any) -> Stmt:
+    def _window_rows(self, y: Expr, body: Callable[[Expr], Stmt]) -> Stmt:
         """``body(tap)`` for the rows of a window that lie in the tensor."""
         r = self.w.rows
         height, size = int_value(r.extent), int_value(r.size)
-        last = None if height is None else (height - 1) * r.stride + (r.taps - 1) * r.dilation + r.offset
-        if r.offset >= 0 and size is not None and last is not None and last < size:
+        known = height is not None and size is not None
+        if known and 0 <= r.offset < size - (height - 1) * r.stride - (r.taps - 1) * r.dilation:  # type: ignore[operator]
             return loop(r.taps, body, name="tap")
         top = y * index(r.stride) + index(r.offset)
         step = index(r.dilation)
-        low = tirx.max(index(0), tirx.floordiv(index(r.dilation - 1) - top, step))
-        high = minimum(index(r.taps), tirx.floordiv(as_index(r.size) - top + index(r.dilation - 1), step))
+        low = tirx.max(index(0), tirx.floordiv(step - index(1) - top, step))
+        high = minimum(index(r.taps), tirx.floordiv(as_index(r.size) - top + step - index(1), step))
+        return bind(low, lambda first: loop(
+            tirx.max(high - first, index(0)), lambda n: body(first + n), name="tap"), "first")  # fmt: skip
 
-        def between(first: Expr) -> Stmt:
-            return loop(tirx.max(high - first, index(0)), lambda i: body(first + i), name="tap")
 
-        return bind(low, between, "first")
+def _part(number: Expr, parts: int, extent: Expr) -> tuple[Expr, Expr]:
+    """Begin and end of a part of ``range(extent)``; the lengths of all parts differ by at most one."""
+    if parts == 1:
+        return index(0), extent
+    return tirx.floordiv(number * extent, index(parts)), tirx.floordiv((number + index(1)) * extent, index(parts))
+
+
+def _known(extent: Expr) -> int:
+    value = int_value(extent)
+    assert value is not None
+    return value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tvm import te, tirx
 
-from trimtab.backends.tvm.layouts import is_depthwise
+from trimtab.backends.tvm.layouts import slides_over_channels_last
 from trimtab.backends.tvm.rules.contraction import rounded
 from trimtab.backends.tvm.rules.registry import (
     Expr,
@@ -44,11 +44,24 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, 
     return lambda *i: tensor(*i)
 
 
-def window_places(op: Any, at: Sequence[Expr], taps: Sequence[Any], dilation: Sequence[int]) -> list[Expr]:
-    """What a window of the result at ``at`` reads: a place on each spatial axis, perhaps outside of the tensor."""
+class Windows(Protocol):
+    """Per spatial axis, how far apart windows and the elements of a window are, and the zeros before the tensor."""
+
+    @property
+    def stride(self) -> Sequence[int]: ...
+    @property
+    def padding(self) -> Sequence[int]: ...
+    @property
+    def dilation(self) -> Sequence[int]: ...
+
+
+def window_places(windows: Windows, at: Sequence[Expr], taps: Sequence[Any]) -> list[Expr]:
+    """What the window of the result at ``at`` reads: a place on each spatial axis, perhaps outside of the tensor."""
     return [
-        i * i64(stride) - i64(padding) + tap.var * i64(step)
-        for i, tap, stride, padding, step in zip(at, taps, op.stride, op.padding, dilation, strict=True)
+        i * i64(stride) - i64(padding) + tap.var * i64(dilation)
+        for i, tap, stride, padding, dilation in zip(
+            at, taps, windows.stride, windows.padding, windows.dilation, strict=True
+        )
     ]
 
 
@@ -56,7 +69,7 @@ def window_places(op: Any, at: Sequence[Expr], taps: Sequence[Any], dilation: Se
 def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | None) -> Any:
     work = work_type(x.dtype)
     last = isinstance(op, ops.Conv2d) and op.channels_last
-    if last and is_depthwise(op) and isinstance(op.x.type.shape[2], int):
+    if slides_over_channels_last(op):
         return rounded(op, scope, _with_bias(op, scope, _depthwise(op, scope, x, weight), bias))
     read = padded(x, op.padding, op.padding, 1 if last else 2, work)
     per_group_in = op.weight.type.shape[1]
@@ -108,7 +121,7 @@ def _depthwise(op: Any, scope: Scope, x: Operand, weight: Operand) -> Any:
     taps = [te.reduce_axis((i64(0), i64(size)), "t") for size in (height, width)]
 
     def term(batch: Expr, row: Expr, column: Expr, channel: Expr) -> Expr:
-        places = window_places(op, (row, column), taps, op.dilation)
+        places = window_places(op, (row, column), taps)
         value = guarded(places, x.shape[1:3], lambda at: cast(x(batch, *at, channel), work), const(0, work))
         return te.sum(value * cast(weight.tap(channel, *(t.var for t in taps)), work), axis=taps)
 

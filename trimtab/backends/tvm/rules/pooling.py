@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import te, tirx
 
 from trimtab.backends.tvm.codegen.comparison import is_float
 from trimtab.backends.tvm.rules.contraction import rounded
+from trimtab.backends.tvm.rules.convolution import window_places
 from trimtab.backends.tvm.rules.reduction import reducer
 from trimtab.backends.tvm.rules.registry import (
     Expr,
@@ -42,38 +44,48 @@ def _reader(op: Any, x: Operand) -> Callable[..., Expr]:
     return lambda b, c, *at: x(b, *at, c) if op.channels_last else x(b, c, *at)
 
 
-def _window(
-    op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], dilation: tuple[int, int], fill: Expr
-) -> Expr:
-    """An element of a window in the type of ``fill``, which stands for the padding."""
-    batch, channel, *spatial = _in_planes(op, indices)
-    places = [
-        at * i64(op.stride[n]) - i64(op.padding[n]) + axis.var * i64(dilation[n])
-        for n, (at, axis) in enumerate(zip(spatial, axes, strict=True))
-    ]
-    read = _reader(op, x)
-    return guarded(places, _sizes(op, x), lambda at: cast(read(batch, channel, *at), str(fill.ty.dtype)), fill)
+@dataclass(frozen=True)
+class _Windows:
+    """Which elements each result is made of, per spatial axis; the names are those of the ops' attributes."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def axes(self) -> list[Any]:
+        return [te.reduce_axis((i64(0), i64(size)), "w") for size in self.kernel]
+
+    def element(self, op: Any, x: Operand, indices: tuple[Expr, ...], axes: list[Any], fill: Expr) -> Expr:
+        """An element of a window in the type of ``fill``, which stands for the padding."""
+        batch, channel, *spatial = _in_planes(op, indices)
+        places, read = window_places(self, spatial, axes), _reader(op, x)
+        return guarded(places, _sizes(op, x), lambda at: cast(read(batch, channel, *at), str(fill.ty.dtype)), fill)
 
 
 @lowers(ops.MaxPool2d)
 def _max_pool(op: Any, scope: Scope, x: Operand) -> Any:
     work = work_type(x.dtype)
     low = const(-math.inf, work) if is_float(work) else tirx.min_value(work)
-    axes = [te.reduce_axis((i64(0), i64(size)), "w") for size in op.kernel]
+    windows = _Windows(op.kernel, op.stride, op.padding, op.dilation)
+    axes = windows.axes()
 
     def element(*indices: Expr) -> Expr:
-        return reducer("max")(_window(op, x, indices, axes, op.dilation, low), axis=axes)
+        return reducer("max")(windows.element(op, x, indices, axes, low), axis=axes)
 
     return rounded(op, scope, compute(scope.shape(op.result.type.shape), element, "max_pool"))
 
 
 @lowers(ops.AvgPool2d)
 def _avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
-    work = work_type(x.dtype)
-    axes = [te.reduce_axis((i64(0), i64(size)), "w") for size in op.kernel]
+    return _mean_of_windows(op, scope, x, _Windows(op.kernel, op.stride, op.padding), op.count_include_pad)
+
+
+def _mean_of_windows(op: Any, scope: Scope, x: Operand, windows: _Windows, count_include_pad: bool) -> Any:
+    work, axes = work_type(x.dtype), windows.axes()
 
     def element(*indices: Expr) -> Expr:
-        return te.sum(_window(op, x, indices, axes, (1, 1), const(0, work)), axis=axes)
+        return te.sum(windows.element(op, x, indices, axes, const(0, work)), axis=axes)
 
     shape = scope.shape(op.result.type.shape)
     total = compute(shape, element, "pool_sum", materialize=True)
@@ -82,18 +94,22 @@ def _avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
         count: Expr = i64(1)
         for n, (at, size) in enumerate(zip(_in_planes(op, indices)[2:], _sizes(op, x), strict=True)):
             # Windows that ceil_mode lets hang over the padded edge are cut there, as in torch.
-            start = at * i64(op.stride[n]) - i64(op.padding[n])
-            stop = tirx.min(start + i64(op.kernel[n]), size + i64(op.padding[n]))
-            if not op.count_include_pad:
+            start = at * i64(windows.stride[n]) - i64(windows.padding[n])
+            stop = tirx.min(start + i64(windows.kernel[n]), size + i64(windows.padding[n]))
+            if not count_include_pad:
                 start, stop = tirx.max(start, i64(0)), tirx.min(stop, size)
             count = count * (stop - start)
         return total(*indices) / tirx.Cast(work, count)
 
-    return rounded(op, scope, compute(shape, mean, "avg_pool"))
+    return rounded(op, scope, compute(shape, mean, op.name))
 
 
 @lowers(ops.AdaptiveAvgPool2d)
 def _adaptive_avg_pool(op: Any, scope: Scope, x: Operand) -> Any:
+    sizes = _in_planes(op, op.x.type.shape)[2:]
+    if all(isinstance(size, int) and size % parts == 0 for size, parts in zip(sizes, op.size, strict=True)):
+        kernel = (sizes[0] // op.size[0], sizes[1] // op.size[1])
+        return _mean_of_windows(op, scope, x, _Windows(kernel, kernel), True)
     work = work_type(x.dtype)
     shape = scope.shape(op.result.type.shape)
 
