@@ -466,9 +466,7 @@ def stays(module: Module, because: str) -> None:
 def test_probabilities_that_are_returned() -> None:
     f = Writer()
     p = f.softmax(f.product())
-    stays(
-        f.done(f.weighted(p), p), "an inner value, the result of softmax, is also read by the graph's outputs"
-    )
+    stays(f.done(f.weighted(p), p), "an inner value, the result of softmax, is also read by the graph's outputs")
 
 
 def test_scores_that_are_read_elsewhere() -> None:

@@ -180,9 +180,7 @@ ALL_TRUE: dict[str, Mask] = {
     "within the length": lambda f: f.expand(f(ops.Lt(f.columns, f(ops.DimValue(dim=f.length, dtype=I64))))),
     "a window that is never left": lambda f: f(ops.Gt(f.columns, f(ops.Sub(f.rows, f.integer(64))))),
     "either": lambda f: f(ops.LogicalOr(f.padding, f(ops.Ge(f.rows, f.integer(0))))),
-    "selected": lambda f: f.expand(
-        f(ops.Index(f.constant(torch.ones(9, dtype=torch.bool)), [f.columns], dim=0))
-    ),
+    "selected": lambda f: f.expand(f(ops.Index(f.constant(torch.ones(9, dtype=torch.bool)), [f.columns], dim=0))),
 }
 
 

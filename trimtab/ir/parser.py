@@ -386,9 +386,7 @@ class _Parser:
         if end:
             self._expect(end)
 
-    def _reject(
-        self, what: str, rule: str = "", *, values: Mapping[str, Any] | None = None, fix: str = ""
-    ) -> NoReturn:
+    def _reject(self, what: str, rule: str = "", *, values: Mapping[str, Any] | None = None, fix: str = "") -> NoReturn:
         """Fail at the token just read rather than behind it."""
         self._at = self._token
         self._fail(what, rule, values=values, fix=fix)

@@ -16,7 +16,7 @@ from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage, inline_pointwise, read_program
 from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages, share_all_axes
-from trimtab.backends.tvm.codegen.windows import Window, WindowKernel, find_window
+from trimtab.backends.tvm.codegen.window_reduction import Window, WindowKernel, find_window
 
 
 def schedule_module(module: Any, machine: Machine) -> Any:
