@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from trimtab.runtime.cpu import host_architecture, missing_features
 X86 = (PORTABLE, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX)
 ARM = (PORTABLE, NEON, NEON_DOTPROD, NEON_I8MM)
 # Below, in and beyond the unrolled part of the loop; the last also beyond a register of A.
-STEPS = (1, 3, 4, 19)
+STEPS = (1, 3, 4, 19, 38)
 
 
 def kernels_of(isa: InstructionSet, kind: str) -> list[MicroKernel]:
@@ -56,7 +57,8 @@ def kernels_of(isa: InstructionSet, kind: str) -> list[MicroKernel]:
         if (tile := tallest(isa, kind, vectors)) is not None:
             heights = range(1, tile.rows + 1) if vectors == 1 and every_height else (1, (tile.rows + 1) // 2, tile.rows)
             tiles.update(RegisterTile(rows, vectors) for rows in heights)
-    return [microkernel(isa, kind, tile.rows, tile.vectors * isa.lanes) for tile in tiles]
+    kernels = [microkernel(isa, kind, tile.rows, tile.vectors * isa.lanes) for tile in tiles]
+    return [*kernels, *(microkernel(isa, kind, rows, isa.lanes, sharing=1) for rows in (1, 2, 3))]
 
 
 def cases_of(kernels: list[MicroKernel], seed: int) -> list[Case]:
@@ -121,6 +123,18 @@ def test_extreme_integers_do_not_saturate(isa: InstructionSet, tmp_path: Path) -
         case = Case(kernel, depth, 0, a, b, np.empty((4, isa.lanes), np.int32), nothing, nothing, nothing)
         expected = depth * np.outer(rows.astype(np.int64), columns.astype(np.int64))
         np.testing.assert_array_equal(compiled.run(case), expected)
+
+
+@pytest.mark.parametrize(("kind", "bytes"), [("f32", 4), ("f32*f16", 2), ("u8*s8", 1)])
+def test_tiles_that_share_a_panel_ask_for_all_of_it(kind: str, bytes: int) -> None:
+    for sharing in (2, 3, 100):
+        kernel = microkernel(AVX512_VNNI, kind, 1, 64, sharing)
+        lines = kernel.prefetch_depth * kernel.columns * bytes / 64
+        assert kernel.prefetch_lines == max(1, math.ceil(lines / sharing))
+        assert kernel.text.count("call void @llvm.prefetch.p0") == kernel.prefetch_lines
+    alone = microkernel(AVX512_VNNI, kind, 1, 64, sharing=1)
+    assert alone.prefetch_depth == 0
+    assert alone.text.count("call void @llvm.prefetch.p0") == lines * 4  # in each of the four parts of the depth
 
 
 @pytest.mark.parametrize("isa", [AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16], ids=lambda isa: isa.name)

@@ -239,6 +239,10 @@ class ContractionKernel:
     ) -> Stmt:
         rows, height = self.m.extent, self.tile.rows
 
+        def tiles_per_panel(height: int) -> int:
+            known = int_value(rows)
+            return -(-known // (height * blocks)) if self.direct and known is not None else 0
+
         def tiles(height: int, spill: Any) -> Stmt:
             tile = Tile(height, self.tile.columns, self.tile.lanes)
 
@@ -259,7 +263,8 @@ class ContractionKernel:
                 return sequence(
                     self.products.call(
                         tile, self.a_rows.at(batch, start, index(0)), self.a_rows.stride, panel,
-                        load(spill, index(0), index(0)), depth, FIRST, following, number
+                        load(spill, index(0), index(0)), depth, FIRST, following, number,
+                        sharing=tiles_per_panel(height),
                     ),
                     write,
                 )  # fmt: skip

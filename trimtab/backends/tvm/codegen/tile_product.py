@@ -18,9 +18,9 @@ from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, r
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, rounding, transposition
+from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.ir.dtypes import DType
 
-LINE_BYTES = 64
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -128,7 +128,7 @@ class TileProducts:
 
     def call(
         self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr,
-        c_stride: Expr | None = None,
+        c_stride: Expr | None = None, sharing: int = 0,
     ) -> Stmt:  # fmt: skip
         """``c = a b`` or ``c += a b`` for a tile.
 
@@ -139,11 +139,12 @@ class TileProducts:
             wanted: the element at the beginning of what will be read after the panel.
             part: which part of that to bring into the cache meanwhile; the tiles of a panel take one each.
             c_stride: elements from one row of the result to the next; the tile's columns when None.
+            sharing: how many tiles a panel has; 0 when that is not known, or when it is in a cache already.
         """
-        kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns)
+        kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
         self.used[kernel.name] = kernel.text
-        lines = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
-        ahead = part * lines * index(LINE_BYTES * 8 // DType(kernel.b_dtype).bits)
+        steps = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
+        ahead = part * steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // DType(kernel.b_dtype).bits)
 
         def made(words: list[Expr]) -> Stmt:
             lda, ldc, steps = words

@@ -18,7 +18,7 @@ from trimtab.backends.tvm.microkernels.isa import (
     PORTABLE,
     InstructionSet,
 )
-from trimtab.backends.tvm.microkernels.llvm_text import Writer
+from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
 from trimtab.backends.tvm.microkernels.products import NibbleProduct
 from trimtab.backends.tvm.microkernels.rounding import PARAMETERS as ROUNDING_PARAMETERS
 from trimtab.backends.tvm.microkernels.rounding import rounding_body
@@ -44,8 +44,9 @@ class MicroKernel:
     0. A is row-major [rows, depth] of ``a_dtype``, ``lda`` elements from row to row, unaligned. B is a packed panel
     [depth / group, columns, group] of ``b_dtype``. C is row-major [rows, columns] of ``c_dtype``,
     ``ldc`` elements from row to row, unaligned; accumulate = 0 overwrites it, 1 adds to it. ``next`` is what the caller
-    will read soon, such as the next panel: while it computes, the kernel asks for one line of 64 bytes from there for
-    every ``prefetch_depth`` of the depth. It need not be a valid address.
+    will read soon, such as the next panel: while it computes, the kernel asks for ``prefetch_lines`` lines of 64 bytes
+    from there for every ``prefetch_depth`` of the depth. It need not be a valid address. A kernel for a panel's only
+    tile asks for the panel itself instead, ahead of where it reads.
 
     With ``b_dtype`` ``i4`` the panel has bytes [depth / 2, columns], the even k in the low half, and the function has
     one more parameter, ``ptr scales``: f32 [depth / 32, columns], 4-byte aligned, one factor per column and 32 k.
@@ -63,7 +64,8 @@ class MicroKernel:
         b_dtype: ``f32``, ``f16``, ``bf16``, ``s8`` or ``i4``.
         c_dtype: ``f32`` or ``i32``.
         depth_step: the depth must be a multiple of this.
-        prefetch_depth: depth per line that is prefetched; 0 when none is.
+        prefetch_depth: the depth after which more lines of ``next`` are prefetched; 0 when none are.
+        prefetch_lines: how many lines at a time.
         setup: symbol of an ``i32 ()`` function to call in each thread before a run of tiles of this shape; it returns
             0, or a negative error number of the system. Empty when nothing is to be set up.
         teardown: the same for the end of the run.
@@ -80,16 +82,18 @@ class MicroKernel:
     c_dtype: str
     depth_step: int
     prefetch_depth: int = 0
+    prefetch_lines: int = 1
     setup: str = ""
     teardown: str = ""
 
 
-def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> MicroKernel:
+def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing: int = 0) -> MicroKernel:
     """The micro-kernel of ``rows`` x ``columns`` for ``kind`` of data on ``isa``.
 
     Args:
         kind: a key of ``isa.products``, e.g. ``f32``, ``bf16``, ``u8*s8``, ``f32*i4``.
         columns: a multiple of ``isa.lanes``.
+        sharing: how many tiles take turns with a panel and ask together for as much as a panel holds; 0 for many.
 
     Raises:
         BackendError: the instruction set has no such product, or the tile is not a tile of it.
@@ -116,7 +120,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
     parameters += ", ptr %next"
     globals: list[str] = []
     setup = teardown = ""
-    prefetch_depth = 0
+    prefetch_depth, prefetch_lines = 0, 1
     functions: list[tuple[str, Writer]] = []
     if isinstance(product, amx.TileProduct):
         body = Writer()
@@ -127,15 +131,24 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int) -> Micr
         amx.teardown_text(release)
         functions += [(f"i32 @{setup}()", prepare), (f"i32 @{teardown}()", release)]
     else:
-        sets = accumulator_sets(isa, kind, tile)
-        body = VectorKernel(isa, product, rows, tile.vectors, sets, UNROLL).generate()
-        prefetch_depth = UNROLL * product.group
+        alone = sharing == 1 and not isinstance(product, NibbleProduct)
+        panel_lines = UNROLL * columns * product.b_bytes // LINE_BYTES
+        if alone:
+            name += "_alone"
+        else:
+            prefetch_depth = UNROLL * product.group
+            if sharing and panel_lines > sharing:
+                prefetch_lines = -(-panel_lines // sharing)
+                name += f"_ahead{prefetch_lines}"
+        sets = accumulator_sets(isa, kind, tile, alone)
+        body = VectorKernel(isa, product, rows, tile.vectors, sets, UNROLL, prefetch_lines, alone).generate()
         if isinstance(product, NibbleProduct):
             parameters += ", ptr noalias %scales"
     functions.append((f"i32 @{name}({parameters})", body))
     text = _module(isa, features, functions, globals)
-    return MicroKernel(name, text, features, rows, columns, product.group, product.a_dtype, product.b_dtype,
-                       product.c_dtype, product.depth_step, prefetch_depth, setup, teardown)  # fmt: skip
+    types = (product.a_dtype, product.b_dtype, product.c_dtype)
+    return MicroKernel(name, text, features, rows, columns, product.group, *types, product.depth_step,
+                       prefetch_depth, prefetch_lines, setup, teardown)  # fmt: skip
 
 
 def rounding(isa: InstructionSet) -> tuple[str, str]:

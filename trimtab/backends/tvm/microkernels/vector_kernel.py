@@ -8,6 +8,9 @@ from trimtab.backends.tvm.microkernels.isa import InstructionSet
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
 from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleProduct, Product
 
+AHEAD_BYTES = 2048
+"""How far ahead of where it reads a kernel asks for lines: as long as memory takes, and they stay in the cache."""
+
 
 class VectorKernel:
     """Generates the body of one kernel of ``rows`` by ``vectors`` registers of results.
@@ -19,17 +22,28 @@ class VectorKernel:
         product: how it multiplies.
         sets: copies of the accumulators, which take turns along the depth and are added in the end. More than one keeps
             the multiply-add units busy when a tile is small.
-        unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``. An iteration of more than one
-            asks for a line of ``%next``.
+        unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``.
+        lines: how many lines of ``%next`` an iteration of more than one step asks for.
+        alone: the kernel is for the only tile of a panel, which then comes from memory and not from a cache. Each set
+            of accumulators has a part of the depth for itself, because memory is faster where several places are read
+            at a time, and asks for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``.
     """
 
     def __init__(
-        self, isa: InstructionSet, product: Product, rows: int, vectors: int, sets: int = 1, unroll: int = 1
+        self,
+        isa: InstructionSet,
+        product: Product,
+        rows: int,
+        vectors: int,
+        sets: int = 1,
+        unroll: int = 1,
+        lines: int = 1,
+        alone: bool = False,
     ) -> None:
         lanes = isa.lanes
         self.product, self.lanes, self.rows, self.columns = product, lanes, rows, vectors * lanes
         self.constraint = isa.register_constraint
-        self.sets, self.unroll = sets, unroll
+        self.sets, self.unroll, self.lines, self.alone = sets, unroll, lines, alone
         self.type = f"<{lanes} x {'float' if product.c_dtype == 'f32' else 'i32'}>"
         self.add = "fadd" if product.c_dtype == "f32" else "add"
         self.span = lanes // product.rows_at_once  # columns of an accumulator
@@ -65,8 +79,9 @@ class VectorKernel:
             def body(values: list[str]) -> list[str]:
                 a_offset, b, wanted, *sums = values
                 if count > 1:
-                    f.prefetch(wanted)
-                    wanted = f.offset(wanted, LINE_BYTES)
+                    for _ in range(self.lines):
+                        f.prefetch(wanted)
+                        wanted = f.offset(wanted, LINE_BYTES)
                 for step in range(count):
                     place = step % self.sets * size
                     sums[place : place + size] = self._step(a_offset, b, step, sums[place : place + size])
@@ -75,7 +90,9 @@ class VectorKernel:
 
             return body
 
-        if self.unroll > 1:
+        if self.alone:
+            values, steps = self._accumulate_parts(steps, list(zip(types, values, strict=True)))
+        elif self.unroll > 1:
             values = f.loop(f.let(f"sdiv i64 {steps}, {self.unroll}"), list(zip(types, values, strict=True)),
                             iteration(self.unroll))  # fmt: skip
             steps = f.let(f"srem i64 {steps}, {self.unroll}")
@@ -84,6 +101,33 @@ class VectorKernel:
             half = len(sums) // 2
             sums = [f.let(f"{self.add} {self.type} {x}, {y}") for x, y in zip(sums[:half], sums[half:], strict=True)]
         return sums, [a_offset, b, wanted]
+
+    def _accumulate_parts(self, steps: str, state: list[tuple[str, str]]) -> tuple[list[str], str]:
+        """The state of the loop after all sets have done their parts of the depth, and the number of steps left."""
+        f, size, p = self.f, self.accumulators, self.product
+        iterations = f.let(f"sdiv i64 {steps}, {self.unroll * self.sets}")
+        part = f.let(f"mul i64 {iterations}, {self.unroll}")
+        a_parts, b_parts = (
+            ["0", *(f.let(f"mul i64 {part}, {number * bytes}") for number in range(1, self.sets))]
+            for bytes in (p.a_bytes, self.columns * p.b_bytes)
+        )
+        span = self.unroll * self.columns * p.b_bytes
+
+        def body(values: list[str]) -> list[str]:
+            a_offset, b, wanted, *sums = values
+            for number, (a_part, b_part) in enumerate(zip(a_parts, b_parts, strict=True)):
+                a, panel = f.let(f"add i64 {a_offset}, {a_part}"), f.offset(b, b_part)
+                for line in range(0, span, LINE_BYTES):
+                    f.prefetch(f.offset(panel, AHEAD_BYTES + line), level=1)
+                place = slice(number * size, (number + 1) * size)
+                for step in range(self.unroll):
+                    sums[place] = self._step(a, panel, step, sums[place])
+            return [f.let(f"add i64 {a_offset}, {self.unroll * p.a_bytes}"), f.offset(b, span), wanted, *sums]
+
+        a_offset, b, *others = f.loop(iterations, state, body)
+        done = f.let(f"mul i64 {part}, {self.sets}")
+        after = [f.let(f"add i64 {a_offset}, {a_parts[-1]}"), f.offset(b, b_parts[-1]), *others]
+        return after, f.let(f"sub i64 {steps}, {done}")
 
     def _step(self, a_offset: str, b: str, step: int, sums: list[str]) -> list[str]:
         """The accumulators after one step, the ``step``-th from the given places."""
