@@ -240,8 +240,10 @@ class ContractionKernel:
         rows, height = self.m.extent, self.tile.rows
 
         def tiles_per_panel(height: int) -> int:
-            known = int_value(rows)
-            return -(-known // (height * blocks)) if self.direct and known is not None else 0
+            known = int_value(rows) if self.direct else None
+            if known is None:
+                return int(self.direct and height < self.tile.rows)
+            return -(-known // (height * blocks))
 
         def tiles(height: int, spill: Any) -> Stmt:
             tile = Tile(height, self.tile.columns, self.tile.lanes)
@@ -289,10 +291,18 @@ class ContractionKernel:
             known = int_value(rows)
             if known is not None:
                 return tiles(min(height, known), spill)
-            if constant_factor(rows) >= height:
-                # Never fewer rows than a tile. TVM's analyser also fails on a branch that only a size of 0 could reach.
-                return tiles(height, spill)
-            return tirx.IfThenElse(rows >= height, tiles(height, spill), tiles(1, spill))
+            # With fewer rows than a tile, at most two lower ones, so that a panel comes from memory once.
+            lower = [1 << n for n in range(height.bit_length()) if 1 << n < height] if self.products else [1]
+            least = constant_factor(rows)
+
+            def at_most(height: int) -> Stmt:
+                # Never fewer rows: TVM's analyser fails on a branch that only a size of 0 could reach.
+                if least >= height or height == 1:
+                    return tiles(height, spill)
+                below = max(h for h in lower if h < height)
+                return tirx.IfThenElse(rows >= height, tiles(height, spill), at_most(below))
+
+            return at_most(height)
 
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
 

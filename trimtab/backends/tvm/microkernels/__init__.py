@@ -140,7 +140,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
             if sharing and panel_lines > sharing:
                 prefetch_lines = -(-panel_lines // sharing)
                 name += f"_ahead{prefetch_lines}"
-        sets = accumulator_sets(isa, kind, tile, alone)
+        sets = accumulator_sets(isa, kind, tile)
         body = VectorKernel(isa, product, rows, tile.vectors, sets, UNROLL, prefetch_lines, alone).generate()
         if isinstance(product, NibbleProduct):
             parameters += ", ptr noalias %scales"

@@ -92,18 +92,14 @@ def _loads(product: Product | TileProduct, tile: RegisterTile) -> float:
     return 1 / parts_of_a + 1 / tile.vectors
 
 
-def accumulator_sets(isa: InstructionSet, kind: str, tile: RegisterTile, alone: bool = False) -> int:
-    """Copies of the accumulators that take turns, so that a small tile has enough of them.
-
-    Args:
-        alone: the tile is a panel's only one; then as many as fit, because each reads another part of the panel.
-    """
+def accumulator_sets(isa: InstructionSet, kind: str, tile: RegisterTile) -> int:
+    """Copies of the accumulators that take turns, so that a small tile has enough of them."""
     product = isa.products[kind]
     sets = 1
     if not isinstance(product, TileProduct):
         while (
             sets < _MOST_SETS
-            and (alone or sets * tile.rows * tile.vectors < _chains(isa, kind))
+            and sets * tile.rows * tile.vectors < _chains(isa, kind)
             and registers_needed(product, tile, 2 * sets) <= isa.registers
         ):
             sets *= 2

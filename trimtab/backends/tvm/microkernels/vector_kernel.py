@@ -10,6 +10,8 @@ from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleP
 
 AHEAD_BYTES = 2048
 """How far ahead of where it reads a kernel asks for lines: as long as memory takes, and they stay in the cache."""
+PARTS = 4
+"""Places of a panel that are read at a time."""
 
 
 class VectorKernel:
@@ -24,9 +26,9 @@ class VectorKernel:
             the multiply-add units busy when a tile is small.
         unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``.
         lines: how many lines of ``%next`` an iteration of more than one step asks for.
-        alone: the kernel is for the only tile of a panel, which then comes from memory and not from a cache. Each set
-            of accumulators has a part of the depth for itself, because memory is faster where several places are read
-            at a time, and asks for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``.
+        alone: the kernel is for the only tile of a panel, which then comes from memory and not from a cache. It reads
+            ``PARTS`` parts of the depth side by side, because memory is faster where several places are read at a time,
+            and asks for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``.
     """
 
     def __init__(
@@ -103,12 +105,12 @@ class VectorKernel:
         return sums, [a_offset, b, wanted]
 
     def _accumulate_parts(self, steps: str, state: list[tuple[str, str]]) -> tuple[list[str], str]:
-        """The state of the loop after all sets have done their parts of the depth, and the number of steps left."""
+        """The state of the loop after equal parts of the depth, taken side by side, and the number of steps left."""
         f, size, p = self.f, self.accumulators, self.product
-        iterations = f.let(f"sdiv i64 {steps}, {self.unroll * self.sets}")
+        iterations = f.let(f"sdiv i64 {steps}, {self.unroll * PARTS}")
         part = f.let(f"mul i64 {iterations}, {self.unroll}")
         a_parts, b_parts = (
-            ["0", *(f.let(f"mul i64 {part}, {number * bytes}") for number in range(1, self.sets))]
+            ["0", *(f.let(f"mul i64 {part}, {number * bytes}") for number in range(1, PARTS))]
             for bytes in (p.a_bytes, self.columns * p.b_bytes)
         )
         span = self.unroll * self.columns * p.b_bytes
@@ -119,13 +121,14 @@ class VectorKernel:
                 a, panel = f.let(f"add i64 {a_offset}, {a_part}"), f.offset(b, b_part)
                 for line in range(0, span, LINE_BYTES):
                     f.prefetch(f.offset(panel, AHEAD_BYTES + line), level=1)
-                place = slice(number * size, (number + 1) * size)
+                first = number % self.sets * size
+                place = slice(first, first + size)
                 for step in range(self.unroll):
                     sums[place] = self._step(a, panel, step, sums[place])
             return [f.let(f"add i64 {a_offset}, {self.unroll * p.a_bytes}"), f.offset(b, span), wanted, *sums]
 
         a_offset, b, *others = f.loop(iterations, state, body)
-        done = f.let(f"mul i64 {part}, {self.sets}")
+        done = f.let(f"mul i64 {part}, {PARTS}")
         after = [f.let(f"add i64 {a_offset}, {a_parts[-1]}"), f.offset(b, b_parts[-1]), *others]
         return after, f.let(f"sub i64 {steps}, {done}")
 
