@@ -1,9 +1,12 @@
-"""Products whose first factor is too large for the second-level cache: rows or depth are covered part by part.
+"""Products whose factors are too large for a cache: rows or depth are covered part by part.
 
-With all rows at once, A leaves the cache while one panel of B passes, and comes back for the next.  A block of rows
-stays while all panels pass.  Where rows are so long that few of them would stay, and each panel would be read for a few
-tiles only, a part of the depth of all rows stays instead, at the price that the sums of a few panels go to memory and
-back once per part.
+With all rows at once, A leaves the second-level cache while one panel of B passes, and comes back for the next.  A block
+of rows stays while all panels pass.  Where rows are so long that few of them would stay, and each panel would be read for
+a few tiles only, a part of the depth of all rows stays instead, at the price that the sums of a few panels go to memory
+and back once per part.
+
+Tile registers multiply so fast that one of the factors must come from the first-level cache: that part of a panel which
+a block of rows passes by before the next part is read.
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.expression import Expr, int_value
-from trimtab.backends.tvm.codegen.loops import Stmt, ceil_div, index, load, loop, minimum, scratch, sequence
-from trimtab.backends.tvm.codegen.tile_product import SHORT, without_casts
-from trimtab.ir.dtypes import DType
+from trimtab.backends.tvm.codegen.loops import Stmt, bind, ceil_div, index, load, loop, minimum, scratch, sequence
+from trimtab.backends.tvm.codegen.tile_product import without_casts
 
 if TYPE_CHECKING:
     from trimtab.backends.tvm.codegen.gemm import ContractionKernel
@@ -29,6 +31,8 @@ LEAST_ROWS = 64
 """Rows that a panel must be read for: with fewer, reading it from memory takes longer than multiplying by it."""
 MANY_TASKS = 16
 """With so many tasks for each thread it does not matter that the number of threads does not divide them."""
+TILE_PANEL_BYTES = 32 << 10
+"""Most of a panel at a time for tile registers: what stays in the first-level cache beside the rows that pass."""
 
 
 def row_blocks(kernel: ContractionKernel) -> int:
@@ -44,22 +48,35 @@ def row_blocks(kernel: ContractionKernel) -> int:
 
 
 def depth_part(kernel: ContractionKernel) -> int:
-    """Depth to take at a time so that the rows of A stay in the cache while panels pass; 0 for all at once."""
-    parts, depth = _parts_of_cache(kernel), int_value(kernel.k.extent)
-    if parts == 1 or depth is None or row_blocks(kernel) > 1:
+    """Depth to take at a time so that what is read again stays in its cache; 0 for all at once."""
+    rows, depth = int_value(kernel.m.extent), int_value(kernel.k.extent)
+    if not _divides(kernel) or kernel.products is None or rows is None or depth is None:
         return 0
-    return -(-depth // (parts * DEPTH_STEP)) * DEPTH_STEP
+    parts = 1 if row_blocks(kernel) > 1 else _parts_of_cache(kernel)
+    if kernel.products.uses_tiles:
+        panel_bytes = depth * kernel.tile.columns * _element_bytes(kernel)
+        parts = max(parts, -(-panel_bytes // TILE_PANEL_BYTES))
+    return -(-depth // (parts * DEPTH_STEP)) * DEPTH_STEP if parts > 1 and depth > DEPTH_STEP else 0
 
 
 def _parts_of_cache(kernel: ContractionKernel) -> int:
     """Into how many parts A must be divided to leave half of the cache to the rest."""
     rows, depth = int_value(kernel.m.extent), int_value(kernel.k.extent)
-    if kernel.products is None or kernel.a_rows is None or kernel.panels is None or kernel.c.batch:
+    if not _divides(kernel) or rows is None or depth is None:
         return 1
-    if rows is None or depth is None or rows <= 2 * kernel.tile.rows:
-        return 1
-    room = kernel.machine.cache_bytes // 2 // (DType(SHORT[kernel.a_rows.dtype]).bits // 8)
-    return -(-rows * depth // room)
+    return -(-rows * depth * _element_bytes(kernel) // (kernel.machine.cache_bytes // 2))
+
+
+def _divides(kernel: ContractionKernel) -> bool:
+    """Whether the product is of a form, and of so many rows, that dividing it can help."""
+    rows = int_value(kernel.m.extent)
+    simple = kernel.products is not None and kernel.a_rows is not None and kernel.panels is not None
+    return simple and not kernel.c.batch and rows is not None and rows > 2 * kernel.tile.rows
+
+
+def _element_bytes(kernel: ContractionKernel) -> int:
+    assert kernel.a_rows is not None
+    return kernel.machine.element_bytes(kernel.a_rows.dtype)
 
 
 def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
@@ -69,50 +86,59 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
     products, a_rows, tile = kernel.products, kernel.a_rows, kernel.tile
     rows, depth = int(kernel.m.extent), int(kernel.k.extent)
     panels, tiles = -(-int(kernel.n.extent) // tile.columns), -(-rows // tile.rows)
-    threads = kernel.machine.threads
+    blocks, threads = row_blocks(kernel), kernel.machine.threads
+    tiles_of_block = -(-tiles // blocks)
+    # Only where the parts are there for the rows of A does it help to take several panels before the next part.
+    most = 1 if blocks > 1 or _parts_of_cache(kernel) == 1 else PANELS_TOGETHER
     # Threads get equal numbers of tasks if that is possible.
-    together = max(range(1, PANELS_TOGETHER + 1), key=lambda held: (-(-panels // held) % threads == 0, held))
+    together = max(range(1, most + 1), key=lambda held: (-(-panels // held) % threads == 0, held))
+    groups, before_last = -(-panels // together), (depth - 1) // step
 
-    def start_of(t: Expr) -> Expr:
-        return minimum(t * index(tile.rows), index(rows - tile.rows))
-
-    def task(group: Expr) -> Stmt:
-        first = group * index(together)
+    def group_of_panels(block: Expr, group: Expr) -> Stmt:
+        first, first_tile = group * index(together), block * index(tiles_of_block)
         held = minimum(index(together), index(panels) - first)
+        left = index(tiles) - first_tile
+        passing = tirx.max(minimum(index(tiles_of_block), left), index(0)) if blocks > 1 else index(tiles)
+
+        def start_of(t: Expr) -> Expr:
+            return minimum((first_tile + t) * index(tile.rows), index(rows - tile.rows))
 
         def place(p: Expr, k: Expr) -> Any:
             return without_casts(kernel.b_at({}, kernel.k.at(k, True), (first + p) * index(tile.columns)))
 
         def with_sums(sums: Any) -> Stmt:
-            def add(k: Expr, length: int, p: Expr) -> Stmt:
-                last = tirx.EQ(p + index(1), held)
-                wanted = place(tirx.Select(last, index(0), p + index(1)), tirx.Select(last, k + index(step), k))
-                return loop(
-                    tiles,
-                    lambda t: products.call(
-                        tile, a_rows.at({}, start_of(t), k), a_rows.stride, place(p, k),
-                        load(sums, p, t, index(0), index(0)), index(length),
-                        tirx.Cast("int32", k > index(0)), wanted, t,
-                    ),
-                    name="tile",
-                )  # fmt: skip
-
             def write(p: Expr, t: Expr) -> Stmt:
                 column = (first + p) * index(tile.columns)
                 return kernel.store_tile(lambda r, c: load(sums, p, t, r, c), tile.rows, start_of(t), column, {})
 
-            def part(k: Expr, length: int) -> Stmt:
-                return loop(held, lambda p: add(k, length, p), name="panel")
+            def part(k: Expr, length: int, is_last: bool) -> Stmt:
+                def add(p: Expr, t: Expr) -> Stmt:
+                    last = tirx.EQ(p + index(1), held)
+                    wanted = place(tirx.Select(last, index(0), p + index(1)), tirx.Select(last, k + index(length), k))
+                    call = products.call(
+                        tile, a_rows.at({}, start_of(t), k), a_rows.stride, place(p, k),
+                        load(sums, p, t, index(0), index(0)), index(length),
+                        tirx.Cast("int32", k > index(0)), wanted, t, sharing=tiles_of_block,
+                    )  # fmt: skip
+                    return sequence(call, write(p, t) if is_last else None)
 
-            # Two loops rather than a length that depends on the part: LLVM then knows how often its loops run.
-            parts = [loop(depth // step, lambda block: part(block * index(step), step), name="block")]
-            if depth % step:
-                parts.append(part(index(depth // step * step), depth % step))
-            return sequence(
-                products.around(tile, sequence(*parts)),
-                loop(held, lambda p: loop(tiles, lambda t: write(p, t), name="tile"), name="panel"),
-            )
+                return loop(held, lambda p: loop(passing, lambda t: add(p, t), name="tile"), name="panel")
 
-        return scratch([together, tiles, tile.rows, tile.columns], kernel.dtype, with_sums, "sums")
+            # Two pieces rather than a length that depends on the part: LLVM then knows how often its loops run.
+            earlier = loop(before_last, lambda block: part(block * index(step), step, False), name="part")
+            last = part(index(before_last * step), depth - before_last * step, True)
+            return products.around(tile, sequence(earlier, last))
 
-    return loop(-(-panels // together), task, "parallel", "task")
+        return scratch([together, tiles_of_block, tile.rows, tile.columns], kernel.dtype, with_sums, "sums")
+
+    def task(flat: Expr) -> Stmt:
+        if blocks == 1:
+            return group_of_panels(index(0), flat)
+        # All panels pass a block of rows before the next one.
+        return bind(
+            tirx.floordiv(flat, index(groups)),
+            lambda block: group_of_panels(block, tirx.floormod(flat, index(groups))),
+            "block",
+        )
+
+    return loop(blocks * groups, task, "parallel", "task")

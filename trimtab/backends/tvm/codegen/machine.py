@@ -36,7 +36,12 @@ class Machine:
 
     def lanes(self, dtype: str) -> int:
         """Elements of ``dtype`` in a vector register."""
-        return max(1, self.vector_bytes // _BYTES.get(dtype, 4))
+        return max(1, self.vector_bytes // self.element_bytes(dtype))
+
+    @staticmethod
+    def element_bytes(dtype: str) -> int:
+        """Bytes of an element of ``dtype``, a name of TVM's."""
+        return _BYTES.get(dtype, 4)
 
     def instruction_set(self, kind: str, depth: int | None, group: int = 1) -> InstructionSet | None:
         """The fastest instruction set that multiplies ``kind`` of data.

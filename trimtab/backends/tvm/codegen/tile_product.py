@@ -18,6 +18,7 @@ from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, r
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, rounding, transposition
+from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.ir.dtypes import DType
 
@@ -125,6 +126,11 @@ class TileProducts:
         self.isa = isa
         self.kind = kind
         self.used: dict[str, str] = {}
+
+    @property
+    def uses_tiles(self) -> bool:
+        """Whether they multiply tile registers, which hold many rows."""
+        return isinstance(self.isa.products[self.kind], TileProduct)
 
     def call(
         self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr,

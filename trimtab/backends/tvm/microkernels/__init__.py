@@ -124,7 +124,9 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
     functions: list[tuple[str, Writer]] = []
     if isinstance(product, amx.TileProduct):
         body = Writer()
-        amx.kernel_text(body, product, rows, columns)
+        prefetch_depth, prefetch_lines = product.depth_step, -(-columns // (sharing or amx.FEW_TILES))
+        name += f"_ahead{prefetch_lines}"
+        amx.kernel_text(body, product, rows, columns, prefetch_lines)
         setup, teardown = f"trimtab_amx_configure_{rows}x{columns}", "trimtab_amx_release"
         prepare, release = Writer(), Writer()
         globals.append(amx.setup_text(prepare, rows, columns))

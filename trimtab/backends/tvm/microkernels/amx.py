@@ -14,6 +14,8 @@ from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
 TILE_ROWS = 16
 ROW_BYTES = 64
 REGISTERS = 8
+FEW_TILES = 4
+"""Tiles that take turns with a panel, where their number is not known: with more, some ask for lines beyond the next."""
 # Linux lets a process use AMX only after it asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 _SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _PERMITTED = "trimtab_amx_permitted"
@@ -47,8 +49,15 @@ def row_tiles(rows: int) -> list[int]:
     return [min(TILE_ROWS, rows - start) for start in range(0, rows, TILE_ROWS)]
 
 
-def kernel_text(f: Writer, product: TileProduct, rows: int, columns: int) -> None:
-    """The body of the kernel: parameters as the vector kernels have them."""
+def kernel_text(f: Writer, product: TileProduct, rows: int, columns: int, lines: int) -> None:
+    """The body of the kernel: parameters as the vector kernels have them.
+
+    A is loaded with the hint not to keep it in the first-level cache: the next tile reads the same panel, which is to
+    stay there, and these rows come back only with the next panel.
+
+    Args:
+        lines: of ``%next`` to ask for in each step, which reads as many lines of B as the tile has columns.
+    """
     heights, widths = row_tiles(rows), range(columns // TILE_ROWS)
     count = len(heights) * len(widths)
     a_tiles = range(count, count + len(heights))
@@ -76,21 +85,23 @@ def kernel_text(f: Writer, product: TileProduct, rows: int, columns: int) -> Non
     f.start_block(start)
 
     def step(state: list[str]) -> list[str]:
-        a_offset, b = state
-        b_next = f.offset(b, TILE_ROWS * columns * 4)
-        for line in range(0, TILE_ROWS * columns * 4, LINE_BYTES):
-            f.prefetch(f.offset(b_next, line), level=1)
-        for tile, row in zip(a_tiles, a_rows, strict=True):
-            tile_op("tileloadd64", ("i8", str(tile)), ("ptr", f.offset(row, a_offset)), ("i64", a_stride))
+        a_offset, b, wanted = state
+        for line in range(lines):
+            f.prefetch(f.offset(wanted, line * LINE_BYTES))
         for j in widths:
             b_tile = b_tiles[j % len(b_tiles)]
             tile_op("tileloadd64", ("i8", str(b_tile)), ("ptr", f.offset(b, ROW_BYTES * j)), ("i64", str(columns * 4)))
             for i, a_tile in enumerate(a_tiles):
+                if j == 0:
+                    place = f.offset(a_rows[i], a_offset)
+                    tile_op("tileloaddt164", ("i8", str(a_tile)), ("ptr", place), ("i64", a_stride))
                 numbers = (i * len(widths) + j, a_tile, b_tile)
                 tile_op(product.intrinsic, *(("i8", str(number)) for number in numbers))
-        return [f.let(f"add i64 {a_offset}, {ROW_BYTES}"), b_next]
+        a_next = f.let(f"add i64 {a_offset}, {ROW_BYTES}")
+        return [a_next, f.offset(b, TILE_ROWS * columns * 4), f.offset(wanted, lines * LINE_BYTES)]
 
-    f.loop(f.let(f"sdiv exact i64 %depth, {product.depth_step}"), [("i64", "0"), ("ptr", "%b")], step)
+    steps = f.let(f"sdiv exact i64 %depth, {product.depth_step}")
+    f.loop(steps, [("i64", "0"), ("ptr", "%b"), ("ptr", "%next")], step)
     for tile, place in enumerate(c_places):
         tile_op("tilestored64", ("i8", str(tile)), ("ptr", place), ("i64", c_stride))
     f.do("ret i32 0")
