@@ -5,8 +5,8 @@
 Each shape is a model of equal linear layers, every one with weights of its own.  ``other weights`` has as many of them
 as exceed the caches of a core several times, as in a model; ``same weights`` has one layer, called again and again.  A
 figure is the least time of a kernel over many calls.  ``kernel alone`` is a micro-kernel without anything around it, on
-one thread: a panel of B against a few tiles of A, in the caches.  int8 has no other, because no pass makes integers yet.
-Peaks are measured in the same run, before.
+one thread: a panel of B against a few tiles of A, in the caches.  For int8 there is no other figure, because no pass
+makes integers yet.  Peaks are measured in the same run, before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Products whose factors are too large for a cache: rows or depth are covered part by part.
 
-With all rows at once, A leaves the second-level cache while one panel of B passes, and comes back for the next.  A block
-of rows stays while all panels pass.  Where rows are so long that few of them would stay, and each panel would be read for
-a few tiles only, a part of the depth of all rows stays instead, at the price that the sums of a few panels go to memory
-and back once per part.
+With all rows at once, A leaves the second-level cache while one panel of B passes, and comes back for the next.  A
+block of rows stays while all panels pass.  Where rows are so long that few of them would stay, and each panel would be
+read for a few tiles only, a part of the depth of all rows stays instead, at the price that the sums of a few panels go
+to memory and back once per part.
 
 Tile registers multiply so fast that one of the factors must come from the first-level cache: that part of a panel which
 a block of rows passes by before the next part is read.

@@ -15,7 +15,7 @@ TILE_ROWS = 16
 ROW_BYTES = 64
 REGISTERS = 8
 FEW_TILES = 4
-"""Tiles that take turns with a panel, where their number is not known: with more, some ask for lines beyond the next."""
+"""Tiles that take turns with a panel where their number is not known: if there are more, some ask for too much."""
 # Linux lets a process use AMX only after it asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 _SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _PERMITTED = "trimtab_amx_permitted"
