@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.cpu_features import host_architecture
 from trimtab.runtime.container import ArtifactWriter
-from trimtab.runtime.cpu import host_architecture
 from trimtab.runtime.manifest import (
     CHECK_ENTRY,
     MODULE_ENTRY,

@@ -47,7 +47,7 @@ def test_doctor_reports_packages_processor_and_backends(commands: Commands) -> N
 def test_doctor_says_which_narrow_products_are_native(
     commands: Commands, monkeypatch: pytest.MonkeyPatch, flags: frozenset[str] | None, bf16: str, int8: str
 ) -> None:
-    monkeypatch.setattr("trimtab.runtime.cpu.host_features", lambda: flags)
+    monkeypatch.setattr("trimtab.cpu_features.host_features", lambda: flags)
     out = commands.ok("doctor", "--quick").out
     assert bf16 in out
     assert int8 in out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "trimtab"
-LEAVES = frozenset({"errors", "tensor_file", "atomic_file", "cores", "user_file"})
+LEAVES = frozenset({"errors", "tensor_file", "atomic_file", "cores", "cpu_features", "user_file"})
 """Modules that every room may import and that import no room."""
 
 

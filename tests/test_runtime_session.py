@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 
 from trimtab.cores import usable_cores, usable_processors
+from trimtab.cpu_features import host_features
 from trimtab.errors import ArtifactError, InputError, InternalError, MissingDependencyError, UsageError
 from trimtab.runtime import Outputs, Session, TensorSpec, native_code
-from trimtab.runtime.cpu import host_features
 from trimtab.runtime.manifest import CodeVariant, Manifest, SymbolRange, WeightEntry
 from trimtab.runtime.session import load
 

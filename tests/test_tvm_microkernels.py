@@ -40,8 +40,8 @@ from trimtab.backends.tvm.microkernels import (
 from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.products import MatrixProduct
 from trimtab.backends.tvm.microkernels.tiles import fits, tallest
+from trimtab.cpu_features import host_architecture, missing_features
 from trimtab.errors import BackendError
-from trimtab.runtime.cpu import host_architecture, missing_features
 
 X86 = (PORTABLE, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX)
 ARM = (PORTABLE, NEON, NEON_DOTPROD, NEON_I8MM)

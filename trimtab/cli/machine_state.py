@@ -53,7 +53,7 @@ def processor_facts() -> dict[str, Any]:
     import os
 
     from trimtab.cores import usable_cores
-    from trimtab.runtime.cpu import host_architecture, host_features, host_level, host_system, product_features
+    from trimtab.cpu_features import host_architecture, host_features, host_level, host_system, product_features
 
     features = host_features()
     return {

@@ -26,9 +26,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trimtab.cpu_features import (
+    host_architecture,
+    host_level,
+    host_system,
+    missing_features,
+    processor_features,
+    split_triple,
+)
 from trimtab.errors import ArtifactError, MissingDependencyError
 from trimtab.runtime.container import ArtifactReader
-from trimtab.runtime.cpu import host_architecture, host_level, host_system, missing_features, split_triple
 from trimtab.runtime.elf import check_library
 from trimtab.runtime.manifest import CodeVariant
 from trimtab.runtime.threads import WorkerPools
@@ -111,10 +118,13 @@ def select_variant(variants: Sequence[CodeVariant], source: str) -> CodeVariant:
     if not runnable:
         missing = missing_features(min(here, key=lambda v: len(missing_features(v.features))).features)
         level = host_level()
+        rule = "running it would stop the process with an illegal instruction"
+        if set(missing) <= (processor_features() or frozenset()):
+            rule = "the processor has them, but the system does not let this process use them"
         raise ArtifactError(
             "the artifact needs CPU features that this machine does not have",
             values={"file": source, "missing": " ".join(missing), "machine_level": level or architecture},
-            rule="running it would stop the process with an illegal instruction",
+            rule=rule,
             fix=f"compile it for this machine: trimtab compile {source} --target native -o model.trim",
         )
     known = [variant for variant in runnable if variant.backend == "tvm"]

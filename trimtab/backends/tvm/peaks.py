@@ -26,7 +26,8 @@ import numpy as np
 from trimtab.atomic_file import write_atomically
 from trimtab.backends.tvm.availability import require_tvm
 from trimtab.backends.tvm.peak_probes import KINDS, READ_BLOCK, Instruction, loop_text, read_text, usable_instructions
-from trimtab.backends.tvm.targets import find_target, host_features
+from trimtab.backends.tvm.targets import find_target
+from trimtab.cpu_features import host_features
 from trimtab.errors import BackendError, UsageError
 
 _Loop: TypeAlias = Callable[[int, int], None]
@@ -42,8 +43,6 @@ _SECONDS = 0.15
 _READ_BYTES, _PIECE_BYTES = 512 << 20, 32 << 20
 # tvm::CallingConv::kCPackedFunc: the function has its final form.
 _AS_WRITTEN = 1
-# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux lends the tile registers on request only.
-_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,13 @@ def measure_peaks(threads: int) -> Peaks:
     """
     if threads < 1:
         raise UsageError("bad number of threads", values={"threads": threads}, rule="it must be at least 1")
-    features = host_features()
-    if not _may_use_tiles():
-        features = {name for name in features if not name.startswith("amx")}
-    instructions = usable_instructions(features)
+    instructions = usable_instructions(host_features() or ())
     library = _probe_library(instructions)
     rates: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
     for instruction in instructions:
         speed = _iterations_per_second(_function(library, instruction.name), threads)
         rates[instruction.kind][instruction.name] = 2 * instruction.macs_per_iteration * speed
     return Peaks(threads, rates, _read_bandwidth(_function(library, "read"), threads))
-
-
-def _may_use_tiles() -> bool:
-    """Whether the system lets this process use AMX; asking is what gives the permission."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return False
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
-    return bool(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
 
 
 def _iterations_per_second(loop: _Loop, threads: int) -> float:

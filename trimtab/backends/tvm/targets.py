@@ -10,6 +10,7 @@ from typing import Any
 from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
 from trimtab.backends.tvm.microkernels.available import all_features, available_sets
 from trimtab.cores import usable_cores
+from trimtab.cpu_features import host_features
 from trimtab.errors import UsageError
 
 HOST_LINKERS = ("cc", "gcc", "clang")
@@ -109,7 +110,7 @@ def native_target() -> TargetSpec:
     cpu = str(codegen.llvm_get_system_cpu())
     if platform.machine() in ("aarch64", "arm64"):
         return TargetSpec("native", _LINUX_ARM, cpu, TARGETS["aarch64"].features, NEON)
-    flags = host_features()
+    flags = host_features() or frozenset()
     wide = all(feature in flags for feature in _V4)
     machine = AVX512 if wide else AVX2 if all(feature in flags for feature in _V3) else SCALAR
     wanted = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": _LINUX_X86, "mcpu": cpu}))
@@ -117,22 +118,3 @@ def native_target() -> TargetSpec:
     known = sorted((set(map(str, wanted)) | all_features()) & flags)
     more = [f"+{feature}" for feature in known if feature not in set(map(str, wanted))]
     return TargetSpec("native", _LINUX_X86, cpu, tuple(known), machine, extra={"mattr": more} if more else {})
-
-
-_PROC_NAMES = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "lahf_lm": "sahf", "abm": "lzcnt", "bmi1": "bmi",
-               "avx_vnni": "avxvnni", "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16",
-               "avx512_fp16": "avx512fp16", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8", "amx_tile": "amx-tile",
-               "avx512_vbmi2": "avx512vbmi2", "avx512_bitalg": "avx512bitalg",
-               "avx512_vpopcntdq": "avx512vpopcntdq"}  # fmt: skip
-
-
-def host_features() -> set[str]:
-    """CPU features of this machine in LLVM's names; empty where the system does not tell."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith(("flags", "Features")):
-                    return {_PROC_NAMES.get(flag, flag) for flag in line.split(":", 1)[1].split()}
-    except OSError:
-        pass
-    return set()

@@ -2,16 +2,17 @@
 
 An artifact names the CPU features its code needs; running it without one of them ends in SIGILL.  The features come
 from ``/proc/cpuinfo`` on Linux and from ``sysctl`` on macOS.  Where neither answers, features are unknown and nothing
-is refused because of them.
+is refused because of them.  A feature that the system does not let this process use counts as absent.
 """
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +41,9 @@ LEVELS: dict[str, frozenset[str]] = {
     "armv8-a": frozenset({"neon"}),
     "armv8.2-a": frozenset({"neon", "crc", "lse", "rdm"}),
 }
+
+# Linux lends the tile registers on request: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
 
 PRODUCT_FEATURES: dict[str, tuple[str, ...]] = {
     "bf16": ("amx-bf16", "avx512bf16", "bf16"),
@@ -151,8 +155,8 @@ def _riscv_features(isa: str) -> frozenset[str]:
 
 
 @cache
-def host_features() -> frozenset[str] | None:
-    """Features of this machine under their LLVM names, or None where they cannot be found out."""
+def processor_features() -> frozenset[str] | None:
+    """What the processor of this machine has, under LLVM's names, or None where that cannot be found out."""
     architecture = host_architecture()
     if sys.platform == "darwin":
         return _macos_features(architecture)
@@ -160,6 +164,32 @@ def host_features() -> frozenset[str] | None:
         return parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"), architecture)
     except OSError:
         return None
+
+
+@cache
+def host_features() -> frozenset[str] | None:
+    """Those of :func:`processor_features` that this process may use."""
+    found = processor_features()
+    return None if found is None else found - refused_features(found, may_use_tiles)
+
+
+def refused_features(found: frozenset[str], tiles: Callable[[], bool]) -> frozenset[str]:
+    """The features among ``found`` that need a permission which the system does not give: those of AMX.
+
+    Args:
+        found: what the processor has.
+        tiles: whether the system permits AMX; asked only where the processor has it.
+    """
+    asked = frozenset(name for name in found if name.startswith("amx-"))
+    return asked if asked and not tiles() else frozenset()
+
+
+def may_use_tiles() -> bool:
+    """Ask the system to let this process use the tile registers of AMX, and say whether it does."""
+    if sys.platform != "linux" or host_architecture() != "x86_64":
+        return False
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
 
 
 def _macos_features(architecture: str) -> frozenset[str] | None:
