@@ -570,6 +570,37 @@ def test_an_explanation_tells_the_condition_that_failed() -> None:
     assert (found.matches, found.matched, found.of, found.reason) == (False, 1, 1, "x has 2 axes, not 3")
 
 
+def test_reasons_show_attributes_as_the_text_of_modules_does() -> None:
+    body = "  %y = reshape(%x) {shape=[2*batch, 2]} : f32[2*batch, 2]\n  return y=%y"
+    module = parse(f"symbols batch=1..64\ngraph main(%x: f32[batch, 4]) {{\n{body}\n}}")
+    fixed = rule(lambda x: op.reshape(x, shape=(8, 2)))
+    assert fixed.explain(module).reason == "reshape has shape=[2*batch, 2], not [8, 2]"
+    body = (
+        "  %a = reshape(%x) {shape=[2*batch, 2]} : f32[2*batch, 2]\n"
+        "  %y = reshape(%a) {shape=[4*batch]} : f32[4*batch]\n  return y=%y"
+    )
+    twice = rule(lambda x: op.reshape(op.reshape(x, shape=Attr("shape")), shape=Attr("shape")))
+    module = parse(f"symbols batch=1..64\ngraph main(%x: f32[batch, 4]) {{\n{body}\n}}")
+    reason = twice.explain(module).reason
+    assert reason == "shape would have two values, [4*batch] and [2*batch, 2]"
+
+
+def test_a_partial_match_has_at_most_the_ops_of_its_pattern() -> None:
+    """The scaling covers three multiplications, and the pattern has none of its own for it."""
+    scales = "".join(f"  %s{i + 1} = mul(%s{i}, %c{i}) : f32[2, 4]\n" for i in range(3))
+    constants = "".join(CONSTANT.format(1.5 + i).replace("%c", f"%c{i}") for i in range(3))
+    body = f"{constants}  %s0 = exp(%x) : f32[2, 4]\n{scales}  %y = tanh(%s3) : f32[2, 4]\n  return y=%y"
+
+    def pattern(x: Var, by: Scalar) -> Pattern:
+        return op.tanh(scaled(op.erf(x), by=by))
+
+    found = rule(pattern).explain(graph(body))
+    assert (found.matches, found.matched, found.of) == (False, 2, 2)
+    rewrites = Rewrites()
+    apply_rules(graph(body), [rule(pattern)], rewrites)
+    assert [(miss.matched, miss.of) for miss in rewrites.log["made"].near_misses] == [(2, 2)]
+
+
 def test_a_condition_that_fails_lets_the_search_go_on() -> None:
     """Two values commute; the condition holds for one order only."""
     body = "  %e = exp(%x) : f32[2, 4]\n  %y = add(%x, %e) : f32[2, 4]\n  return y=%y"

@@ -81,8 +81,7 @@ class _Worklist:
         found = compiled.match(self._module, self._graph, root)
         if isinstance(found, Failure):
             if found.complete or (found.matched >= 2 and 2 * found.matched >= compiled.size):
-                matched = compiled.size if found.complete else found.matched
-                log.reject(NearMiss(matched, compiled.size, print_op(op), str(op.location or ""), found.reason))
+                log.reject(NearMiss(found.matched, compiled.size, print_op(op), str(op.location or ""), found.reason))
             return False
         log.matched += 1
         if not self._rewrites.permit(compiled.rule.name, op):

@@ -65,8 +65,7 @@ def explain(rule: Rule, module: Module, at: Value | Op | str | None = None) -> E
         if not isinstance(found, Failure):
             return Explanation(rule.name, True, len(found.ops), compiled.size, op)
         if best is None or (found.complete, found.matched) > (best.matched == best.of, best.matched):
-            matched = compiled.size if found.complete else found.matched
-            best = Explanation(rule.name, False, matched, compiled.size, op, found.reason, found.op)
+            best = Explanation(rule.name, False, found.matched, compiled.size, op, found.reason, found.op)
     roots = "any op" if compiled.roots is None else " or ".join(sorted(cls.name for cls in compiled.roots))
     return best or Explanation(rule.name, False, 0, compiled.size, None, f"the module has no {roots}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import InternalError
+from trimtab.ir.attributes import print_attribute
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.op import Op
 from trimtab.ir.ops import Add, Div, Mul, Neg, Sub
@@ -297,7 +298,8 @@ class Matcher:
         if agree:
             yield from self._attributes(rest, found)
         else:
-            self._fail(lambda: f"{found.name} has {name}={held!r}" + ("" if callable(ask) else f", not {ask!r}"), found)
+            wanted_text = "" if callable(ask) else f", not {print_attribute(ask)}"
+            self._fail(lambda: f"{found.name} has {name}={print_attribute(held)}{wanted_text}", found)
 
     def _operands(self, pattern: OpPattern, found: Op) -> Iterator[None]:
         pairs: list[tuple[Any, Any]] = []
@@ -501,4 +503,4 @@ def _counted_from_the_front(name: str, asked: Any, op: Op) -> Any:
 def _show(held: Any) -> str:
     if isinstance(held, Value):
         return print_op(held.producer) if held.producer is not None else repr(held)
-    return f"{held:.9g}" if isinstance(held, float) else repr(held)
+    return f"{held:.9g}" if isinstance(held, float) else print_attribute(held)

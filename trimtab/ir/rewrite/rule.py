@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import UsageError
@@ -99,10 +99,14 @@ class CompiledRule:
     names: tuple[str, ...]
 
     def match(self, module: Module, graph: Graph, root: Value) -> Match | Failure:
-        """Look for the rule at ``root``, a value of ``graph``."""
+        """Look for the rule at ``root``, a value of ``graph``. A failure counts ops of the pattern."""
         rule = self.rule
         matcher = Matcher(self.outputs, self.names, module, rule.tolerance, rule.private, rule.check)
-        return matcher.at(root, graph)
+        found = matcher.at(root, graph)
+        if isinstance(found, Match):
+            return found
+        # Products, scalings and repetitions may cover more ops of the module than the pattern has.
+        return replace(found, matched=self.size if found.complete else min(found.matched, self.size))
 
 
 def compile_rule(rule: Rule) -> CompiledRule:
