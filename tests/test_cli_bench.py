@@ -65,6 +65,7 @@ def test_a_profile_with_a_trace(commands: Commands, artifact: Path, tmp_path: Pa
     text = commands.ok(*arguments).out
     assert "this machine: f32 200 GFLOP/s; memory 10.0 GB/s" in text
     assert "linear at" in text
+    assert "outside kernels, of the best call: " in text
     assert f"trace written to {trace}" in text
 
 

@@ -59,6 +59,17 @@ def test_code_that_differs_from_what_the_artifact_says_is_timed_without_work(cal
 def test_nothing_timed_gives_no_events() -> None:
     assert kernel_events([], (), {}) == ()
     assert "kernel" not in str(Profile((1.0,), (), 1))
+    assert Profile((1.0,), (), 1).outside_kernels is None
+
+
+def test_what_a_call_spends_outside_kernels() -> None:
+    events = kernel_events(TIMES, CALLS, {"batch": 2})
+    measured = Profile((7.0, 5.0), events, 1)
+    # Measuring costs what the fastest function takes, 0.25 seconds; the kernels take 2, 1 and 1 with it.
+    assert measured.outside_kernels == pytest.approx(5 - (4 - 3 * 0.25))
+    assert measured.to_dict()["outside_kernels"] == measured.outside_kernels
+    assert "1750.000 ms of the best outside kernels" in str(measured)
+    assert Profile((1.0,), events, 1).outside_kernels == 0
 
 
 def test_a_timer_takes_the_innermost_functions_only() -> None:

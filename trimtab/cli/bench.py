@@ -142,6 +142,8 @@ def _print(document: Mapping[str, Any], profile: Profile | None) -> None:
         for row in profile.rows():
             shown.add_row(*row.values())
         to.print(shown)
+        assert profile.outside_kernels is not None
+        to.print(f"outside kernels, of the best call: {text_seconds(profile.outside_kernels)}")
     else:
         to.print("no kernels: this code does not call them through the virtual machine")
     if document["trace"]:

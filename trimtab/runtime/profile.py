@@ -144,6 +144,19 @@ class Profile:
         return max(self.calls)
 
     @property
+    def outside_kernels(self) -> float | None:
+        """Seconds of the best call not spent in kernels: checks and conversions of arrays, allocation, dispatch.
+
+        From the time of each kernel is taken what measuring costs: the least time of any function, as some functions of
+        the virtual machine do next to nothing.  0 where the kernels' least times add up to more than the best call;
+        None without ``events``.
+        """
+        if not self.events:
+            return None
+        cost = min(event.seconds for event in self.events)
+        return max(0.0, self.best - sum(event.seconds - cost for event in self.events if event.is_kernel))
+
+    @property
     def kernels(self) -> tuple[KernelTime, ...]:
         """The kernels of ``events`` by name, slowest first, and the virtual machine as if it were one."""
         grouped: dict[str, list[KernelEvent]] = {}
@@ -172,6 +185,7 @@ class Profile:
             "median": self.median,
             "best": self.best,
             "worst": self.worst,
+            "outside_kernels": self.outside_kernels,
             "peaks": None
             if self.roofs is None
             else {"flops": dict(self.roofs.flops), "bandwidth": self.roofs.bandwidth},
@@ -181,6 +195,8 @@ class Profile:
     def __str__(self) -> str:
         head = f"{len(self.calls)} calls, {self.threads} thread(s)"
         text = f"{head}: median {_ms(self.median)}, best {_ms(self.best)}, worst {_ms(self.worst)}"
+        if self.outside_kernels is not None:
+            text += f"; {_ms(self.outside_kernels)} of the best outside kernels"
         rows = [[" time", "share", "calls", "GFLOP/s", "GB/s", "of peak", "kernel"]]
         rows += [[row[key] for key in _COLUMNS] for row in self.rows()] if self.events else []
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
