@@ -41,11 +41,11 @@ ROOMS = {
     "backends/tvm": _room("ir backends", "numpy torch tvm tvm_ffi"),
     "backends/mlir": _room("ir backends", "iree numpy torch torch_mlir"),
     "tuning": _room("backends runtime", "cloudpickle numpy psutil tvm tvm_ffi xgboost"),
-    "runtime": _room("", "numpy tvm_ffi"),
+    "runtime": _room("", "iree ml_dtypes numpy tvm_ffi"),
 }
 """Every room but cli, which may import all of Trimtab like the modules at the top of the package (the facade)."""
 
-LATE_ONLY = {"runtime": frozenset({"tvm_ffi"}), "": frozenset({"numpy"})}
+LATE_ONLY = {"runtime": frozenset({"iree", "ml_dtypes", "tvm_ffi"}), "": frozenset({"numpy"})}
 """Packages that a room (or the facade, "") may import inside functions only."""
 
 FACADE_PACKAGES = frozenset({"click", "numpy", "onnxruntime", "openvino", "rich", "sklearn", "torch", "typer"})

@@ -1,0 +1,100 @@
+"""The capability check that backends share: every op without code is reported at once, before lowering starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trimtab.errors import Location, UnsupportedByBackendError
+from trimtab.ir import ops
+from trimtab.ir.core import Module
+from trimtab.ir.op import Op
+
+Examine = Callable[[Op], tuple[str, str]]
+"""For an op, why it cannot be compiled and what to do instead; two empty texts when it can."""
+
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One op that cannot be compiled.
+
+    Attributes:
+        op: mnemonic.
+        text: the op as printed.
+        reason: why, in words.
+        fix: what the user can do.
+        location: the user's source line.
+    """
+
+    op: str
+    text: str
+    reason: str
+    fix: str
+    location: Location | None
+
+    def __str__(self) -> str:
+        where = f" (from {self.location})" if self.location is not None else ""
+        return f"{self.op}{where}: {self.reason}; {self.fix}"
+
+
+def unsupported_ops(module: Module, examine: Examine) -> list[Unsupported]:
+    """Every op of ``module`` for which ``examine`` gives a reason."""
+    found = []
+    for op in module.walk():
+        reason, fix = examine(op)
+        if reason:
+            found.append(Unsupported(op.name, repr(op), reason, fix, op.location))
+    return found
+
+
+def check_supported(module: Module, examine: Examine, backend: str, page: str) -> None:
+    """Raise one error that lists every unsupported op.
+
+    Args:
+        module: what is to be compiled.
+        examine: what the backend says of an op.
+        backend: the backend's name for people.
+        page: the page of the docs that lists what it supports.
+
+    Raises:
+        UnsupportedByBackendError: there are some.
+    """
+    problems = unsupported_ops(module, examine)
+    if not problems:
+        return
+    shown = [str(problem) for problem in problems[:_MOST_SHOWN]]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    raise UnsupportedByBackendError(
+        f"the {backend} backend cannot compile some ops",
+        values={"count": len(problems), "ops": sorted({problem.op for problem in problems})},
+        rule="\n  - ".join(["unsupported ops", *shown]),
+        fix=f"rewrite these parts of the model with supported ops ({page} lists them)",
+        location=next((problem.location for problem in problems if problem.location is not None), None),
+    )
+
+
+class Rule(Protocol):
+    """What a backend's table of rules holds for an op class; ``check`` says why a very op cannot be lowered, or ""."""
+
+    @property
+    def check(self) -> Callable[[Any], str]: ...
+
+
+def examine(op: Op, rule_for: Callable[[Op], Rule | None]) -> tuple[str, str]:
+    """Why ``op`` has no code in a backend with these rules, and what to do; two empty texts when it has."""
+    packed = sorted({str(v.type.dtype) for v in (*op.operands, *op.results) if v.type.dtype.is_sub_byte})
+    if packed:
+        return f"it uses the sub-byte types {', '.join(packed)}", "convert to i8, u8 or a floating type first"
+    if isinstance(op, ops.Repeat | ops.Fused):
+        return "", ""
+    if isinstance(op, ops.Opaque):
+        return f"it calls the torch operator {op.target}, for which there is no code", "express it with other operators"
+    rule = rule_for(op)
+    if rule is None:
+        return "there is no lowering rule for it", "express it with other operators"
+    reason = rule.check(op)
+    return reason, "change the model so that this holds" if reason else ""
