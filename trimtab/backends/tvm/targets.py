@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimtab.backends.cpu_targets import CPU_TARGETS, LINUX_ARM, LINUX_X86, X86_64_V3, X86_64_V4, baseline
 from trimtab.backends.tvm.codegen.machine import AVX2, AVX512, NEON, SCALAR, Machine
 from trimtab.backends.tvm.microkernels.available import all_features, available_sets
 from trimtab.cores import usable_cores
@@ -14,11 +15,6 @@ from trimtab.cpu_features import host_features
 from trimtab.errors import UsageError
 
 HOST_LINKERS = ("cc", "gcc", "clang")
-
-_V2 = ("cx16", "sahf", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")
-_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
-_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-
 
 @dataclass(frozen=True)
 class TargetSpec:
@@ -61,19 +57,22 @@ class TargetSpec:
         return replace(self, machine=replace(self.machine, instruction_sets=sets))
 
 
-_LINUX_X86 = "x86_64-unknown-linux-gnu"
-_LINUX_ARM = "aarch64-unknown-linux-gnu"
+_ARM_LINKERS = ("aarch64-linux-gnu-gcc",)
+
+
+def _spec(name: str, machine: Machine, compiler: tuple[str, ...] = HOST_LINKERS) -> TargetSpec:
+    cpu = CPU_TARGETS[name]
+    return TargetSpec(name, cpu.triple, cpu.cpu, cpu.features, machine, compiler)
+
 
 TARGETS = {
-    "x86-64-v2": TargetSpec("x86-64-v2", _LINUX_X86, "x86-64-v2", _V2, SCALAR),
-    "x86-64-v3": TargetSpec("x86-64-v3", _LINUX_X86, "x86-64-v3", _V3, AVX2),
-    "x86-64-v4": TargetSpec("x86-64-v4", _LINUX_X86, "x86-64-v4", _V4, AVX512),
-    "aarch64": TargetSpec("aarch64", _LINUX_ARM, "generic", ("neon", "fp-armv8"), NEON, ("aarch64-linux-gnu-gcc",)),
-    "armv8.2-a": TargetSpec("armv8.2-a", _LINUX_ARM, "cortex-a76", ("neon", "fp-armv8", "fullfp16", "dotprod"), NEON,
-                            ("aarch64-linux-gnu-gcc",)),
-}  # fmt: skip
-
-DEFAULT_TARGET = "x86-64-v3"
+    "x86-64-v2": _spec("x86-64-v2", SCALAR),
+    "x86-64-v3": _spec("x86-64-v3", AVX2),
+    "x86-64-v4": _spec("x86-64-v4", AVX512),
+    "aarch64": _spec("aarch64", NEON, _ARM_LINKERS),
+    "armv8.2-a": _spec("armv8.2-a", NEON, _ARM_LINKERS),
+    "armv8.6-a": _spec("armv8.6-a", NEON, _ARM_LINKERS),
+}
 
 
 def target_names() -> list[str]:
@@ -88,12 +87,11 @@ def find_target(name: str = "", threads: int | None = None) -> TargetSpec:
         UsageError: there is no such target.
     """
     is_arm = platform.machine() in ("aarch64", "arm64")
-    name = name or ("aarch64" if is_arm else DEFAULT_TARGET)
-    spec = native_target() if name == "native" else TARGETS.get(name)
+    spec = native_target() if name == "native" else TARGETS.get(name or baseline())
     if spec is None:
         raise UsageError("unknown target", values={"target": name, "known": target_names()},
                          fix="use one of the known targets; `native` means this machine")  # fmt: skip
-    if is_arm and spec.triple == _LINUX_ARM:
+    if is_arm and spec.triple == LINUX_ARM:
         spec = replace(spec, compiler=HOST_LINKERS)
     return spec.with_micro_kernels().with_threads(threads or default_threads())
 
@@ -109,12 +107,12 @@ def native_target() -> TargetSpec:
 
     cpu = str(codegen.llvm_get_system_cpu())
     if platform.machine() in ("aarch64", "arm64"):
-        return TargetSpec("native", _LINUX_ARM, cpu, TARGETS["aarch64"].features, NEON)
+        return TargetSpec("native", LINUX_ARM, cpu, TARGETS["aarch64"].features, NEON)
     flags = host_features() or frozenset()
-    wide = all(feature in flags for feature in _V4)
-    machine = AVX512 if wide else AVX2 if all(feature in flags for feature in _V3) else SCALAR
-    wanted = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": _LINUX_X86, "mcpu": cpu}))
+    wide = all(feature in flags for feature in X86_64_V4)
+    machine = AVX512 if wide else AVX2 if all(feature in flags for feature in X86_64_V3) else SCALAR
+    wanted = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": LINUX_X86, "mcpu": cpu}))
     # A virtual machine may show the model number of another processor; the micro-kernels go by the flags alone.
     known = sorted((set(map(str, wanted)) | all_features()) & flags)
     more = [f"+{feature}" for feature in known if feature not in set(map(str, wanted))]
-    return TargetSpec("native", _LINUX_X86, cpu, tuple(known), machine, extra={"mattr": more} if more else {})
+    return TargetSpec("native", LINUX_X86, cpu, tuple(known), machine, extra={"mattr": more} if more else {})
