@@ -1,4 +1,4 @@
-"""Depthwise convolutions and pooling with channels last, over ragged sizes, types and targets, against float64."""
+"""Depthwise convolutions with channels last, and pooling, over ragged sizes, types and targets, against float64."""
 
 from __future__ import annotations
 
@@ -162,6 +162,27 @@ def test_pooling(name: str, dtype: DType, size: tuple[int, ...]) -> None:
     (found,) = Compiled(module_of(TensorType(dtype, size), lambda b, x: make(x)))(x)
     exact = reference(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert error(found, exact) < TOLERANCE[dtype]
+
+
+PLANES: dict[str, tuple[Callable[[Value], Op], Callable[[Tensor], Tensor]]] = {
+    "max": (lambda x: ops.MaxPool2d(x, (3, 3), (2, 2), (1, 1)), lambda x: F.max_pool2d(x, 3, 2, 1)),
+    "mean": (lambda x: ops.AvgPool2d(x, (3, 3), (1, 1), (1, 1), False, False),
+             lambda x: F.avg_pool2d(x, 3, 1, 1, False, False)),
+    "mean with an edge": (lambda x: ops.AvgPool2d(x, (2, 4), (2, 3), (1, 2), True),
+                          lambda x: F.avg_pool2d(x, (2, 4), (2, 3), (1, 2), True)),
+    "means of parts": (lambda x: ops.AdaptiveAvgPool2d(x, (3, 1)), lambda x: F.adaptive_avg_pool2d(x, (3, 1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((2, 3, 9, 70), DType.F32), ((1, 4, 6, 19), DType.BF16), ((1, 2, 3, 4), DType.F32)], ids=str
+)
+@pytest.mark.parametrize("name", PLANES)
+def test_pooling_of_planes(name: str, dtype: DType, size: tuple[int, ...]) -> None:
+    make, reference = PLANES[name]
+    x = image(size, dtype)
+    (found,) = Compiled(module_of(TensorType(dtype, size), lambda b, x: make(x)))(x)
+    assert error(found, reference(x.double())) < TOLERANCE[dtype]
 
 
 def test_a_maximum_keeps_what_is_not_a_number_and_infinities() -> None:

@@ -16,7 +16,7 @@ from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage, inline_pointwise, read_program
 from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages, share_all_axes
-from trimtab.backends.tvm.codegen.window_reduction import Window, WindowKernel, find_window
+from trimtab.backends.tvm.codegen.window_reduction import Window, find_window, window_kernel
 
 
 def schedule_module(module: Any, machine: Machine) -> Any:
@@ -56,7 +56,7 @@ def _segments(program: Program, machine: Machine) -> list[Segment]:
     while stages:
         stage = stages.pop(0)
         tiled = find_contraction(stage) or find_window(stage) if stage.is_reduction else None
-        if tiled is None or (isinstance(tiled, Window) and not WindowKernel(tiled, machine).is_short):
+        if tiled is None or (isinstance(tiled, Window) and not window_kernel(tiled, machine).is_short):
             pending.append(stage)
             continue
         flush()
@@ -107,7 +107,7 @@ def _generate(program: Program, segment: Segment, segments: Sequence[Segment], m
     if isinstance(segment, Contraction):
         return ContractionKernel(segment, machine).generate()
     if isinstance(segment, Window):
-        return WindowKernel(segment, machine).generate()
+        return window_kernel(segment, machine).generate()
     local = [b for b in program.temporaries if _is_local(program, b, [segment])]
     if not any(stage.is_reduction for stage in segment) and share_all_axes(program, segment):
         return ElementKernel(machine, segment, local).generate()

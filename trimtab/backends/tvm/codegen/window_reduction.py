@@ -1,9 +1,10 @@
-"""Loops for reductions over sliding windows: depthwise convolutions and pooling of tensors with channels innermost.
+"""Loops for reductions over sliding windows: depthwise convolutions and pooling.
 
-A tile is several neighbouring results of a row for a few vectors of channels, all of them accumulators in registers, so
-that an element that was loaded serves every window that covers it.  Taps outside of the tensor are left out: for
-columns when the code is generated, which gives the tiles at the borders code of their own, for rows by the bounds of
-the loop over the rows of a window.  So there are no tests inside, and nothing is padded.
+With channels innermost, a tile is several neighbouring results of a row for a few vectors of channels, all of them
+accumulators in registers, so that an element that was loaded serves every window that covers it.  With columns
+innermost, it is a few vectors of neighbouring results.  Taps outside of the tensor are left out: for columns when the
+code is generated, which gives the tiles at the borders code of their own, for rows by the bounds of the loop over the
+rows of a window.  So there are no tests inside, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from tvm import tirx
 from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.contraction import Axes, Flattener
+from trimtab.backends.tvm.codegen.elements import UNROLL
 from trimtab.backends.tvm.codegen.epilogue import store_result
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, loads_of, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import (
     Stmt,
     bind,
     bind_all,
+    blocks,
     index,
     lanes_of,
     load,
@@ -72,7 +75,7 @@ class Window:
         stage: the reduction.
         outer: axes other than those below.
         rows, columns: the spatial axes; all about the columns is known.
-        channel, channels: the innermost axis and its extent.
+        channel, channels: the innermost axis and its extent; where that is the axis of the columns, 1 for the extent.
         panel: channels in a panel of the weights; 0 without such.
         value: the operand, for places inside of the tensor.
         output, places: as in :class:`~trimtab.backends.tvm.codegen.contraction.Contraction`.
@@ -102,17 +105,19 @@ def find_window(stage: Stage) -> Window | None:
     axes = list(zip(stage.axes, stage.extents, strict=True))
     rows, columns = (_sliding(place, size, axes, stage.reduce_axes) for place, size in places)
     channel, channels = stage.axes[-1], int_value(stage.extents[-1])
-    if rows is None or columns is None or channels is None or channel in (rows.axis, columns.axis):
+    if rows is None or columns is None or channels is None or channel.same_as(rows.axis):
         return None
     if rows.tap is columns.tap or None in (int_value(columns.extent), int_value(columns.size)):
         return None
     if factor is not None:
         value = tirx.Mul(value, factor)
-    widths = {_panel_width(access, channel) for access in loads_of(value)} - {0}
+    is_plane = channel.same_as(columns.axis)
+    widths = set() if is_plane else {_panel_width(access, channel) for access in loads_of(value)} - {0}
     if None in widths or len(widths) > 1:
         return None
     outer = [pair for pair in axes[:-1] if pair[0] not in (rows.axis, columns.axis)]
     panel = next(iter(widths)) or 0 if widths else 0
+    channels = 1 if is_plane else channels
     return Window(stage, outer, rows, columns, channel, channels, panel, value, places=stage.axes)
 
 
@@ -177,8 +182,14 @@ class _Block:
     lanes: int
 
 
+def window_kernel(window: Window, machine: Machine) -> WindowKernel:
+    """The kernel for the axis that lies innermost."""
+    is_plane = window.channel.same_as(window.columns.axis)
+    return PlaneKernel(window, machine) if is_plane else WindowKernel(window, machine)
+
+
 class WindowKernel:
-    """Generates the loops of one reduction over windows and its epilogue."""
+    """Generates the loops of one reduction over windows with channels innermost, and of its epilogue."""
 
     def __init__(self, window: Window, machine: Machine) -> None:
         self.w = window
@@ -357,3 +368,34 @@ def _known(extent: Expr) -> int:
     value = int_value(extent)
     assert value is not None
     return value
+
+
+class PlaneKernel(WindowKernel):
+    """The same with columns innermost: vectors of neighbouring results, and those at the borders one by one."""
+
+    def __init__(self, window: Window, machine: Machine) -> None:
+        super().__init__(window, machine)
+        self.width, self.blocks = 1, [_Block(0, 1, UNROLL, machine.lanes(self.dtype))]
+
+    @property
+    def is_short(self) -> bool:
+        taps = self.w.columns.taps
+        borders = sum(len(self._taps(start)) < taps for start in range(self.row))
+        return (borders + UNROLL) * taps <= _LONGEST_CODE
+
+    def _row(self, block: _Block, at: dict[Any, Expr], channel: Expr, tile: Any) -> Stmt:
+        taps = [self._taps(start) for start in range(self.row)]
+        inner = [start for start, inside in enumerate(taps) if len(inside) == self.w.columns.taps]
+        first, end = (inner[0], inner[-1] + 1) if inner else (0, 0)
+
+        def results(start: Expr, count: int, inside: Sequence[tuple[int, int]]) -> Stmt:
+            lanes = min(count, block.lanes)
+            # The axis of the columns is also the one along which vectors run.
+            return self._tile(_Block(0, 1, count // lanes, lanes), at, start, start, inside, tile)
+
+        def alone(starts: Iterable[int]) -> list[Stmt]:
+            return [results(index(start), 1, taps[start]) for start in starts]
+
+        whole = blocks(end - first, block.vectors * block.lanes,
+                       lambda start, count: results(index(first) + start, count, taps[first]))  # fmt: skip
+        return sequence(*alone(range(first)), whole, *alone(range(end, self.row)))
