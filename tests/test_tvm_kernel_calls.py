@@ -92,3 +92,15 @@ def test_the_source_lines_of_a_traced_model_are_told() -> None:
     (call,) = artifact.manifest.variants[0].kernels
     assert [op.split(" at ")[0] for op in call.ops] == ["linear", "relu"]
     assert (call.macs, call.factors) == (2 * 8 * 8, "f32")
+
+
+def test_equal_layers_share_their_kernels() -> None:
+    def kernels(layers: int) -> list[str]:
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True, activation="gelu")
+        net = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+        artifact = trimtab.compile(trimtab.trace(net, (torch.randn(1, 7, 32),)), target="native")
+        return [call.name for call in artifact.code.calls]
+
+    two, five = kernels(2), kernels(5)
+    assert len(five) > 2 * len(two)
+    assert set(five) == set(two)
