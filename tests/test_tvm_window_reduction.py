@@ -197,7 +197,7 @@ def test_filters_are_stored_in_panels_and_come_back(channels: int) -> None:
     from trimtab.backends.tvm.layouts import Layout
 
     weight, _ = filters(channels, (3, 5), DType.F32)
-    layout = Layout("filters", 16)
+    layout = Layout("taps", 16)
     stored = layout.pack(weight)
     assert stored.shape == layout.stored_shape(tuple(weight.shape)) == (-(-channels // 16), 15, 16)
     assert torch.equal(layout.unpack(stored, tuple(weight.shape)), weight)

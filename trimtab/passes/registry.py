@@ -24,6 +24,7 @@ ENTRY_POINT_GROUP = "trimtab.passes"
 
 _OWN: Mapping[str, str] = {
     "cast-precision": "trimtab.passes.cast_precision:CastPrecision",
+    "channels-last": "trimtab.passes.channels_last:ChannelsLast",
     "cse": "trimtab.passes.cse:Cse",
     "dce": "trimtab.passes.dce:Dce",
     "dedup-weights": "trimtab.passes.dedup_weights:DedupWeights",

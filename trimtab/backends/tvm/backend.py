@@ -9,7 +9,7 @@ from trimtab.ir.core import Module
 class TvmBackend:
     """Relax and TIR to a shared library for CPUs. See :class:`trimtab.backends.base.Backend`."""
 
-    passes = "group-fusions"
+    passes = "channels-last,group-fusions"
 
     def check(self, module: Module, target: str = "") -> None:
         from trimtab.backends.tvm.support import check_supported

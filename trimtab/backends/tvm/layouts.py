@@ -7,12 +7,12 @@ the plain form from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.codegen.register_tile import NOTICEABLE
+from trimtab.backends.tvm.codegen.register_tile import NOTICEABLE, choose_tile
 from trimtab.backends.tvm.microkernels.tiles import preferred_tiles
 from trimtab.ir import ops
 from trimtab.ir.core import Graph, Module, Use, Value
@@ -32,8 +32,8 @@ class Layout:
     ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
-    quadruples read it.  ``kind="filters"``: depthwise filters ``[C, 1, kh, kw]`` as panels of the matrix
-    ``[C, kh * kw]``.
+    quadruples read it.  ``kind="taps"``: the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix
+    ``[O, kh * kw * C]``, the channels of a tap together.
     """
 
     kind: str = "plain"
@@ -54,13 +54,14 @@ class Layout:
 
     def _matrices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` with the axes of each filter as one."""
-        return (*shape[:-3], math.prod(shape[-3:])) if self.kind == "filters" else shape
+        return (*shape[:-3], math.prod(shape[-3:])) if self.kind == "taps" else shape
 
     def pack(self, data: torch.Tensor) -> torch.Tensor:
         """The stored form of ``data``."""
         if self.is_plain:
             return data
-        data = data.reshape(self._matrices(tuple(data.shape)))
+        if self.kind == "taps":
+            data = data.movedim(-3, -1).flatten(-3)
         *stack, rows, depth = data.shape
         padded = -(-rows // self.block) * self.block
         full = data.new_zeros(*stack, padded, depth) if padded != rows else data
@@ -75,7 +76,10 @@ class Layout:
             return stored
         *stack, rows, depth = self._matrices(shape)
         grouped = stored if self.group > 1 else stored.unsqueeze(-1)
-        return grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :].reshape(shape).contiguous()
+        matrix = grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :]
+        if self.kind == "taps":
+            matrix = matrix.unflatten(-1, (*shape[-2:], shape[-3])).movedim(-1, -3)
+        return matrix.contiguous()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a manifest."""
@@ -101,7 +105,7 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
 
     data = weight.tensor()
     step = layout.block * panels_at_once
-    rank = 4 if layout.kind == "filters" else 2
+    rank = 4 if layout.kind == "taps" else 2
     for matrix in data.reshape(-1, *data.shape[-rank:]):
         for start in range(0, matrix.shape[0], step):
             stored = layout.pack(matrix[start : start + step])
@@ -109,7 +113,7 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
 
 
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
-    """A layout for every weight: panels for a matrix of linear layers and for depthwise filters, else plain.
+    """A layout for every weight: panels for a matrix of linear layers and for convolutions with channels last.
 
     A tied table of embeddings lies in panels too: picking rows from them costs less than packing them in every call.
     """
@@ -124,8 +128,15 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
         multiplied = weight.type.dtype.is_floating and any(map(_is_matrix_of_linear, found))
         packable = multiplied and all(_is_matrix_of_linear(use) or _is_table(use) for use in found)
         filters = weight.type.dtype.is_floating and bool(found) and all(map(_is_filter, found))
+        windows = weight.type.dtype.is_floating and bool(found) and all(map(_is_kernel_of_windows, found))
         layouts[id] = (
-            _panels(weight, found, machine) if packable else _filter_panels(weight, machine) if filters else PLAIN
+            _panels(weight, found, machine)
+            if packable
+            else _filter_panels(weight, machine)
+            if filters
+            else _taps(weight, found, machine)
+            if windows
+            else PLAIN
         )
     return layouts
 
@@ -188,20 +199,50 @@ def _is_filter(use: Use) -> bool:
 
 def _filter_panels(weight: Weight, machine: Machine) -> Layout:
     """Panels of as many channels as a vector of sums has."""
-    return Layout("filters", machine.lanes("float64" if weight.type.dtype.bits == 64 else "float32"))
+    return Layout("taps", machine.lanes("float64" if weight.type.dtype.bits == 64 else "float32"))
+
+
+def _is_kernel_of_windows(use: Use) -> bool:
+    """Whether a use is that of a convolution whose kernel reads windows where they lie."""
+    op = use.user
+    return isinstance(op, ops.Conv2d) and use.index == 1 and op.channels_last and op.groups == 1
+
+
+def _taps(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
+    """Panels as wide as the tiles that suit the lines of the convolution's result."""
+    outputs, inputs, _, across = (int(size) for size in weight.type.shape[-4:])  # type: ignore[arg-type]
+    op: Any = readers[0].user
+    together = inputs * (across if op.dilation[1] == 1 else 1)
+    if not any(op.padding) and (narrow := _narrow_product(weight, readers, machine, together)) is not None:
+        return Layout("taps", *narrow)
+    work = "float64" if weight.type.dtype.bits == 64 else "float32"
+    line = op.result.type.shape[2]
+    tile = choose_tile(machine, work, line if isinstance(line, int) else None, outputs)
+    return Layout("taps", tile.columns)
 
 
 def _panels(weight: Weight, readers: Iterable[Use], machine: Machine) -> Layout:
     """Panels in the order that the fastest product of the weight's type reads."""
     depth = int(weight.type.shape[-1])  # type: ignore[arg-type]
-    factors = {v.type.dtype for use in readers if isinstance(op := use.user, ops.Linear) for v in (op.x, op.weight)}
-    if weight.type.dtype is DType.BF16 and factors == {DType.BF16}:
-        for isa in machine.instruction_sets:
-            product = isa.products.get("bf16")
-            if product is not None and product.group > 1 and depth % product.depth_step == 0:
-                tile = preferred_tiles(isa, "bf16")[0]
-                return Layout("panels", tile.vectors * isa.lanes, product.group)
+    if (narrow := _narrow_product(weight, readers, machine, depth)) is not None:
+        return Layout("panels", *narrow)
     return Layout("panels", _panel_width(weight, machine))
+
+
+def _narrow_product(weight: Weight, readers: Iterable[Use], machine: Machine, depth: int) -> tuple[int, int] | None:
+    """Columns of a panel and neighbours in it for the product of two bfloat16 factors, where an instruction has one.
+
+    ``depth`` is the length of the sums that are taken at once.
+    """
+    products = (use.user for use in readers if isinstance(use.user, ops.Linear | ops.Conv2d))
+    factors = {value.type.dtype for op in products for value in (op.x, op.weight)}
+    if weight.type.dtype is not DType.BF16 or factors != {DType.BF16}:
+        return None
+    for isa in machine.instruction_sets:
+        product = isa.products.get("bf16")
+        if product is not None and product.group > 1 and depth % product.depth_step == 0:
+            return preferred_tiles(isa, "bf16")[0].vectors * isa.lanes, product.group
+    return None
 
 
 def _panel_width(weight: Weight, machine: Machine) -> int:

@@ -58,6 +58,7 @@ from trimtab.backends.tvm.codegen.tile_product import (
     without_casts,
 )
 from trimtab.backends.tvm.codegen.vector_math import lower_call
+from trimtab.backends.tvm.codegen.windows import blocks_of_lines, find_windows, window_rows
 from trimtab.backends.tvm.microkernels import InstructionSet
 from trimtab.backends.tvm.microkernels.tiles import tallest
 
@@ -82,24 +83,29 @@ class ContractionKernel:
         self.dtype = str(contraction.stage.buffer.dtype)
         self.m, self.n, self.k = Flattener(contraction.m), Flattener(contraction.n), Flattener(contraction.k)
         out_accesses = self._output_accesses()
-        self.m_linear = self.m.is_linear(out_accesses + accesses_of(contraction.a)) and self._free(
-            contraction.m, a=True
+        self.a_rows = strided_rows(contraction, self.m, self.k)
+        self.windows = find_windows(contraction) if self.a_rows is None else None
+        self.m_linear_out = self.m.is_linear(out_accesses) and self._free(contraction.m)
+        self.m_linear = (
+            self.m_linear_out
+            and self.m.is_linear(accesses_of(contraction.a))
+            and has_only_loads_as_users(contraction.a, contraction.m)
         )
-        self.n_linear_out = self.n.is_linear(out_accesses) and self._free(contraction.n, a=False)
+        self.n_linear_out = self.n.is_linear(out_accesses) and self._free(contraction.n)
         self.k_linear_a = self.k.is_linear(accesses_of(contraction.a)) and has_only_loads_as_users(
             contraction.a, contraction.k
         )
         self.panels = self._packed_panels()
-        self.a_rows = strided_rows(contraction, self.m, self.k)
         self.tile = self._choose_tile()
         self.direct = self._reads_b_directly()
         self.products = self._micro_kernels()
 
     def _choose_tile(self) -> Tile:
-        rows, columns = self.m.extent, self.n.extent
+        rows = self.windows.rows if self.windows else self.m.extent
+        columns = self.n.extent
         if self.panels is None or self.panels.group == 1:
             width = None if self.panels is None else self.panels.columns
-            return choose_tile(self.machine, self.dtype, rows, columns, width)
+            return choose_tile(self.machine, self.dtype, int_value(rows), int_value(columns), width)
         isa = self._instruction_set(packs_b=False)
         lanes = self.machine.lanes(self.dtype)
         highest = tallest(isa, self._kind(packs_b=False), self.panels.columns // isa.lanes) if isa else None
@@ -110,11 +116,12 @@ class ContractionKernel:
 
     def _kind(self, packs_b: bool) -> str:
         """The kind of data that micro-kernels would multiply; B is packed to panels of the working type, or lies so."""
-        return product_kind(self.c, packs_b) if self.a_rows is not None else ""
+        return product_kind(self.c, packs_b) if self.a_rows or self.windows else ""
 
     def _instruction_set(self, packs_b: bool) -> InstructionSet | None:
         group = 1 if packs_b or self.panels is None else self.panels.group
-        return self.machine.instruction_set(self._kind(packs_b), int_value(self.k.extent), group)
+        depth = self.windows.inside.extent if self.windows else self.k.extent
+        return self.machine.instruction_set(self._kind(packs_b), int_value(depth), group)
 
     def _micro_kernels(self) -> TileProducts | None:
         """The micro-kernels, where the factors are of the form that they need."""
@@ -129,7 +136,7 @@ class ContractionKernel:
         columns, rows = self.n.extent, self.m.extent
         panels = ceil_div(columns, self.tile.columns)
         batch = product([extent for _, extent in self.c.batch])
-        in_cache = row_blocks(self)
+        in_cache = blocks_of_lines(self, panels) if self.windows else row_blocks(self)
         blocks = in_cache if in_cache > 1 else self._row_blocks(batch, panels)
         batch_axes = Flattener(self.c.batch)
         if step := depth_part(self):
@@ -288,6 +295,8 @@ class ContractionKernel:
             return loop(count, at, name="tile")
 
         def body(spill: Any) -> Stmt:
+            if self.windows and self.products:
+                return window_rows(self, first_column, block, blocks, batch, b, spill)
             known = int_value(rows)
             if known is not None:
                 return tiles(min(height, known), spill)
@@ -318,7 +327,7 @@ class ContractionKernel:
         def row(r: Expr) -> Stmt:
             def element(column: Expr) -> Stmt:
                 place = self.n.at(first_column + column, self.n_linear_out)
-                axes = {**batch, **self.m.at(start + r, self.m_linear), **place}
+                axes = {**batch, **self.m.at(start + r, self.m_linear_out), **place}
                 return store_result(self.c, axes, sums(r, column))
 
             whole = vectors(self.tile.columns, self.tile.lanes, element)
@@ -341,11 +350,9 @@ class ContractionKernel:
         value = rewrite(out.value, back)
         return [(out.buffer, [back[axis] for axis in out.axes]), *accesses_of(value)]
 
-    def _free(self, axes: list[tuple[Any, Expr]], a: bool) -> bool:
-        """Whether the axes only index buffers, so that an out-of-range inner axis is harmless."""
+    def _free(self, axes: list[tuple[Any, Expr]]) -> bool:
+        """Whether the output's axes only index buffers, so that an out-of-range inner axis is harmless."""
         out = self.c.output
-        if a and not has_only_loads_as_users(self.c.a, axes):
-            return False
         if out is None:
             return True
         forward = dict(zip(self.c.stage.axes, self.c.places, strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.backends.tvm.codegen.expression import Expr, int_value
+from trimtab.backends.tvm.codegen.expression import Expr
 from trimtab.backends.tvm.codegen.loops import Stmt, index, load, loop, scratch, sequence, store, zero
 from trimtab.backends.tvm.codegen.machine import Machine
 
@@ -23,10 +23,12 @@ class Tile:
     lanes: int
 
 
-def choose_tile(machine: Machine, dtype: str, rows: Expr, columns: Expr, fixed_columns: int | None = None) -> Tile:
-    """The tile with the least padded work for the known extents; ``fixed_columns`` is set by a packed operand."""
+def choose_tile(machine: Machine, dtype: str, m: int | None, n: int | None, fixed_columns: int | None = None) -> Tile:
+    """The tile with the least padded work for ``m`` rows and ``n`` columns, as far as they are known.
+
+    ``fixed_columns`` is set by a packed operand.
+    """
     lanes = machine.lanes(dtype)
-    m, n = int_value(rows), int_value(columns)
     best: tuple[float, Tile] | None = None
     for height, vectors_wide in machine.tiles:
         width = vectors_wide * lanes

@@ -24,13 +24,13 @@ from trimtab.backends.tvm.rules.registry import (
 from trimtab.ir import ops
 
 
-def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, work: str) -> Any:
-    """x with zeros around its spatial axes, in the working type, as a buffer of its own.
+def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, dtype: str) -> Any:
+    """x with zeros around its spatial axes, in another type, as a buffer of its own.
 
     ``first`` is the first of the spatial axes.
     """
     if not any(before) and not any(after):
-        return lambda *i: cast(x(*i), work)
+        return lambda *i: cast(x(*i), dtype)
     stop = first + len(before)
     sizes = x.shape[first:stop]
     around = [e + i64(a + b) for e, a, b in zip(sizes, before, after, strict=True)]
@@ -38,7 +38,9 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, 
 
     def element(*indices: Expr) -> Expr:
         places = [index - i64(low) for index, low in zip(indices[first:stop], before, strict=True)]
-        return guarded(places, sizes, lambda at: cast(x(*indices[:first], *at, *indices[stop:]), work), const(0, work))
+        return guarded(
+            places, sizes, lambda at: cast(x(*indices[:first], *at, *indices[stop:]), dtype), const(0, dtype)
+        )
 
     tensor = compute(shape, element, "padded", materialize=True)
     return lambda *i: tensor(*i)
@@ -71,7 +73,8 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
     last = isinstance(op, ops.Conv2d) and op.channels_last
     if slides_over_channels_last(op):
         return rounded(op, scope, _with_bias(op, scope, _depthwise(op, scope, x, weight), bias))
-    read = padded(x, op.padding, op.padding, 1 if last else 2, work)
+    # Factors that an instruction multiplies in pairs stay as they are.
+    read = padded(x, op.padding, op.padding, 1 if last else 2, x.dtype if weight.layout.group > 1 else work)
     per_group_in = op.weight.type.shape[1]
     outputs = op.weight.type.shape[0]
     per_group_out = outputs // op.groups
@@ -97,7 +100,7 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
             for s, t, stride, dilation in zip(spatial, offsets, op.stride, op.dilation, strict=True)
         ]
         element = read(batch, *places, source) if last else read(batch, source, *places)
-        product = element * cast(weight(out, c, *offsets), work)
+        product = cast(element, work) * cast(_tap(op, weight, out, c, offsets), work)
         return te.sum(product, axis=axes) if axes else product
 
     shape = scope.shape(op.result.type.shape)
@@ -123,9 +126,19 @@ def _depthwise(op: Any, scope: Scope, x: Operand, weight: Operand) -> Any:
     def term(batch: Expr, row: Expr, column: Expr, channel: Expr) -> Expr:
         places = window_places(op, (row, column), taps)
         value = guarded(places, x.shape[1:3], lambda at: cast(x(batch, *at, channel), work), const(0, work))
-        return te.sum(value * cast(weight.tap(channel, *(t.var for t in taps)), work), axis=taps)
+        return te.sum(value * cast(_tap(op, weight, channel, i64(0), [t.var for t in taps]), work), axis=taps)
 
     return compute(scope.shape(op.result.type.shape), term, "conv")
+
+
+def _tap(op: Any, weight: Operand, out: Expr, channel: Expr, offsets: Sequence[Expr]) -> Expr:
+    """An element of a weight, which may be stored in panels with the channels of a tap together."""
+    if weight.layout.is_plain:
+        return weight(out, channel, *offsets)
+    column: Expr = i64(0)
+    for offset, size in zip((*offsets, channel), (*op.weight.type.shape[2:], op.weight.type.shape[1]), strict=True):
+        column = column * i64(size) + offset
+    return weight.packed(out, column)
 
 
 @lowers(ops.ConvTranspose1d, ops.ConvTranspose2d)

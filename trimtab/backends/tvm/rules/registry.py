@@ -125,14 +125,6 @@ class Operand:
             return self(panel, column, within)
         return self(panel, tirx.floordiv(column, group), within, tirx.floormod(column, group))
 
-    def tap(self, channel: Expr, row: Expr, column: Expr) -> Expr:
-        """An element of the filter of a channel, however the filters ``[C, 1, kh, kw]`` are stored."""
-        if self.layout.is_plain:
-            return self(channel, i64(0), row, column)
-        block = i64(self.layout.block)
-        taps = row * self.shape[3] + column
-        return self(tirx.floordiv(channel, block), taps, tirx.floormod(channel, block))
-
     def broadcast(self, indices: Sequence[Expr], shape: Sequence[Dim] | None = None) -> Expr:
         """The element that the result's ``indices`` read under numpy broadcasting.
 
