@@ -54,11 +54,11 @@ def test_compile_says_what_it_built(commands: Commands, tmp_path: Path) -> None:
     assert document["artifact"] == str(output)
     assert document["bytes"] == output.stat().st_size
     assert document["inputs"] == ["x: f32[batch, 6]"]
-    assert document["pipeline"] == "cleanup,fuse,group-fusions"
+    assert document["pipeline"] == "cleanup,fuse,channels-last,group-fusions"
     assert {"import the model", "optimize", "generate code", "write and check"} <= set(document["seconds"])
     text = commands.ok("compile", f"{model}:build", "-o", output).out
     assert f"compiled {output} (" in text
-    assert "passes   cleanup,fuse,group-fusions" in text
+    assert "passes   cleanup,fuse,channels-last,group-fusions" in text
 
 
 def test_the_default_name_is_the_models(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_the_default_name_is_the_models(commands: Commands, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     commands.ok("compile", "model.py:build", "--passes", "", "--no-runtime-library")
     document = commands.ok("inspect", "build.trim", "--json").json
-    assert document["pipeline"] == "group-fusions"  # what the backend asks for
+    assert document["pipeline"] == "channels-last,group-fusions"  # what the backend asks for
     assert document["variants"][0]["runtime_in_file"] is False
 
 

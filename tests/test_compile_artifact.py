@@ -68,7 +68,7 @@ def test_the_manifest_tells_what_the_file_is(artifact: Artifact, module: trimtab
     assert manifest.name == "classifier"
     assert [str(spec) for spec in manifest.inputs] == ["ids: i64[batch, seq]", "weight: f32[batch, seq]"]
     assert [spec.name for spec in manifest.outputs] == list(module.main.output_names)
-    assert manifest.pipeline == "cleanup,fuse,group-fusions"
+    assert manifest.pipeline == "cleanup,fuse,channels-last,group-fusions"
     assert {weight.name for weight in manifest.weights} == set(artifact.module.weights)
     assert any(name.endswith("libtvm_runtime.so") for name in reader.names)
     assert manifest.versions["trimtab"] == trimtab.__version__

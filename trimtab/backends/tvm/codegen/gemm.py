@@ -58,7 +58,7 @@ from trimtab.backends.tvm.codegen.tile_product import (
     without_casts,
 )
 from trimtab.backends.tvm.codegen.vector_math import lower_call
-from trimtab.backends.tvm.codegen.windows import blocks_of_lines, find_windows, window_rows
+from trimtab.backends.tvm.codegen.window_product import blocks_of_lines, find_windows, window_rows
 from trimtab.backends.tvm.microkernels import InstructionSet
 from trimtab.backends.tvm.microkernels.tiles import tallest
 

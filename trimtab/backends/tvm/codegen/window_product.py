@@ -3,7 +3,7 @@
 An output pixel of a convolution reads a window of the image.  With channels last, each row of the window is contiguous,
 and windows beside each other begin a fixed number of elements apart.  So a *line* of output pixels is, for each of the
 window's rows, the product of strided rows with a part of the panel, and the tile adds these up: nothing is copied to
-patches (indirect and implicit forms: arXiv 1907.02129, arXiv 2110.03901).
+patches (docs/design/convolutions.md).
 """
 
 from __future__ import annotations
