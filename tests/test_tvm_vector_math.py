@@ -60,6 +60,41 @@ def test_float32_functions_are_accurate_and_keep_special_values() -> None:
             assert not ((mine.double() - exact)[tiny].abs() > 1e-38).any(), cls.__name__
 
 
+def test_results_rounded_to_bfloat16_are_off_by_little_more_than_the_rounding() -> None:
+    n = 20000
+    b = Builder()
+    x = b.input("x", TensorType(DType.F32, (n,)))
+    functions = {
+        ops.Erf: torch.erf, ops.Sigmoid: torch.sigmoid, ops.Gelu: torch.nn.functional.gelu,
+        ops.Silu: torch.nn.functional.silu,
+    }  # fmt: skip
+    b.output(*(b(ops.Cast(b(cls(x)), DType.BF16)) for cls in functions))
+    compiled = Compiled(b.module)
+    for spread in (1e-2, 1.0, 10.0, 100.0):
+        data = torch.randn(n, generator=torch.Generator().manual_seed(0)) * spread
+        data[:3] = torch.tensor([math.nan, 1e30, -1e30])
+        for mine, (cls, function) in zip(compiled(data), functions.items(), strict=True):
+            exact = function(data.double())
+            assert mine.dtype is torch.bfloat16
+            assert torch.equal(torch.isnan(mine), torch.isnan(exact)), cls.__name__
+            error = (mine.double() - exact).abs() / (exact.abs() + 0.05)
+            assert error[~torch.isnan(exact)].max() < 1.1 * 2**-8, (cls.__name__, spread, float(error[3:].max()))
+
+
+def test_rounding_to_bfloat16_is_to_the_nearest_even() -> None:
+    bits = torch.randint(-(2**31), 2**31, (4099,), generator=torch.Generator().manual_seed(1), dtype=torch.int64)
+    data = bits.to(torch.int32).view(torch.float32)
+    ties = torch.arange(0x3F800000, 0x3F900000, 0x8000, dtype=torch.int32).view(torch.float32)
+    data[: len(ties)] = ties
+    data[(data.abs() < 1.2e-38) | data.isnan()] = 0.0  # an instruction of x86 takes numbers below this for 0
+    data[-4:] = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38])
+    b = Builder()
+    b.output(b(ops.Cast(b.input("x", TensorType(DType.F32, tuple(data.shape))), DType.BF16)))
+    for target in ("native", ""):
+        (mine,) = Compiled(b.module, target=target)(data)
+        torch.testing.assert_close(mine, data.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
 def test_float64_stays_with_libm() -> None:
     b = Builder()
     x = b.input("x", TensorType(DType.F64, (257,)))

@@ -11,6 +11,7 @@ from tvm import s_tir, te, tirx
 
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import LOOPS
+from trimtab.backends.tvm.codegen.vector_rounding import with_roundings
 from trimtab.backends.tvm.layouts import PLAIN, Layout
 from trimtab.backends.tvm.rules import rule_for
 from trimtab.backends.tvm.rules.creation import constant_of
@@ -18,6 +19,7 @@ from trimtab.backends.tvm.rules.registry import Operand, Rule, Scope, Target, co
 from trimtab.errors import BackendError, InternalError, TrimtabError
 from trimtab.ir.core import Value
 from trimtab.ir.dims import Dim
+from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
 from trimtab.ir.types import TensorType
 
@@ -181,6 +183,8 @@ def _loop_function(
         buffer = tirx.decl_buffer(scope.shape(type.shape), tvm_dtype(type.dtype), name=f"out{i}")
         targets.append(Target(value.type, scope.shape(value.type.shape), buffer, kernel.order))
     body = _rule(op).function(op, scope, targets, *_resolve(sources, leaves.__getitem__))
+    if any(target.type.dtype is DType.BF16 for target in targets):
+        body = with_roundings(scope.machine, body)
     symbols = [scope.variables[name] for name in scope.free_symbols(stored)]
     # Passes that look for blocks expect a root block in every function.
     root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))

@@ -37,7 +37,7 @@ from trimtab.backends.tvm.codegen.loops import (
 )
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Stage
-from trimtab.backends.tvm.codegen.vector_math import lower_call
+from trimtab.backends.tvm.codegen.vector_math import lowering_of
 
 UNROLL = 4
 """Vectors that a loop body works on, to keep the units busy."""
@@ -88,7 +88,7 @@ class ElementKernel:
             return load(small[buffer], index(0)) if buffer in small else None
 
         def write(stage: Stage) -> Stmt:
-            value = rewrite(stage.value, point, redirect, lower_call)
+            value = rewrite(stage.value, point, redirect, lowering_of(stage.value))
             if stage.buffer in small:
                 return sequence(tirx.AllocBuffer(small[stage.buffer]), store(small[stage.buffer], [index(0)], value))
             return store(stage.buffer, [point[axis] for axis in stage.axes], value)

@@ -10,7 +10,7 @@ from tvm import tirx
 from trimtab.backends.tvm.codegen.expression import Expr, rewrite
 from trimtab.backends.tvm.codegen.loops import Stmt, store
 from trimtab.backends.tvm.codegen.program import Stage
-from trimtab.backends.tvm.codegen.vector_math import lower_call
+from trimtab.backends.tvm.codegen.vector_math import lowering_of
 
 
 class Tiled(Protocol):
@@ -38,5 +38,5 @@ def store_result(tiled: Tiled, axes: Mapping[Any, Expr], value: Expr) -> Stmt:
     def own(buffer: Any, indices: list[Expr]) -> Expr | None:
         return var if buffer.same_as(stage.buffer) else None
 
-    result = rewrite(out.value, names, own, lower_call)
+    result = rewrite(out.value, names, own, lowering_of(out.value))
     return store(out.buffer, [names[axis] for axis in out.axes], tirx.Let(var, value, result))

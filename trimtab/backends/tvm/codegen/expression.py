@@ -16,6 +16,7 @@ from trimtab.errors import InternalError
 
 Expr = Any
 LoadRule = Callable[[Any, list[Expr]], Expr | None]
+CastRule = Callable[[str, Expr], Expr | None]
 CallRule = Callable[[str, str, list[Expr]], Expr | None]
 
 _BINARY = (
@@ -37,6 +38,7 @@ def rewrite(
     variables: Mapping[Any, Expr] | None = None,
     load: LoadRule | None = None,
     call: CallRule | None = None,
+    cast: CastRule | None = None,
 ) -> Expr:
     """Rebuild ``expr`` bottom-up.
 
@@ -44,6 +46,7 @@ def rewrite(
         variables: replacement for variables.
         load: called with a buffer and its rewritten indices; returns a replacement for the load, or None to keep it.
         call: called with the name of an intrinsic, its result type and rewritten arguments; None keeps the call.
+        cast: called with the result type of a cast and its rewritten operand; None keeps the cast.
     """
     table = dict(variables or {})
 
@@ -60,7 +63,9 @@ def rewrite(
             replaced = load(node.source, indices) if load is not None else None
             return tirx.BufferLoad(node.source, indices) if replaced is None else replaced
         if isinstance(node, tirx.Cast):
-            return tirx.Cast(dtype_of(node), visit(node.value))
+            dtype, value = dtype_of(node), visit(node.value)
+            replaced = cast(dtype, value) if cast is not None else None
+            return tirx.Cast(dtype, value) if replaced is None else replaced
         if isinstance(node, tirx.Select):
             return tirx.Select(visit(node.condition), visit(node.true_value), visit(node.false_value))
         if isinstance(node, _UNARY):

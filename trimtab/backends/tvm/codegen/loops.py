@@ -8,6 +8,8 @@ from typing import Any
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, hoist_lets, int_value, rewrite
+from trimtab.backends.tvm.codegen.vector_rounding import divide_at_roundings, rounds
+from trimtab.backends.tvm.microkernels import ROUNDED_TOGETHER
 
 Stmt = Any
 INDEX = "int64"
@@ -45,10 +47,25 @@ def loop(
         return nothing()
     var = tirx.Var(name, INDEX)
     inner = body(var)
-    allocations: list[Stmt] = []
-    if kind == "vectorized":
-        allocations, inner = _widen_temporaries(inner, var, extent)
-    return sequence(*allocations, tirx.For(var, index(0), as_index(extent), getattr(tirx.ForKind, kind.upper()), inner))
+    if kind != "vectorized":
+        return tirx.For(var, index(0), as_index(extent), getattr(tirx.ForKind, kind.upper()), inner)
+    allocations, inner = _widen_temporaries(inner, var, extent)
+    return sequence(*allocations, *_vector_operations(inner, var, extent))
+
+
+def _vector_operations(body: Stmt, lane: Expr, width: Expr | int) -> list[Stmt]:
+    """Vectorised loops that do ``body`` for every lane, and between them what is done by a call for all lanes."""
+
+    def every_lane(statements: Sequence[Stmt]) -> Stmt:
+        return tirx.For(lane, index(0), as_index(width), tirx.ForKind.VECTORIZED, sequence(*statements))
+
+    statements = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
+    lanes = int_value(width)
+    are_stores = all(isinstance(statement, tirx.BufferStore) for statement in statements)
+    if lanes not in ROUNDED_TOGETHER or not are_stores or not rounds([statement.value for statement in statements]):
+        return [every_lane(statements)]
+    allocations, parts = divide_at_roundings(statements, lane, lanes)
+    return [*allocations, *(every_lane(part) if isinstance(part, list) else part for part in parts)]
 
 
 def _widen_temporaries(body: Stmt, lane: Expr, width: Expr | int) -> tuple[list[Stmt], Stmt]:

@@ -56,6 +56,11 @@ class Machine:
                 return isa
         return None
 
+    @property
+    def rounds_to_bf16(self) -> bool:
+        """Whether an instruction rounds a vector of f32 to bf16."""
+        return any("avx512bf16" in p.features for isa in self.instruction_sets for p in isa.products.values())
+
 
 def _tiles(isa: InstructionSet) -> tuple[tuple[int, int], ...]:
     return tuple((tile.rows, tile.vectors) for tile in good_heights(isa, "f32"))

@@ -33,7 +33,7 @@ from trimtab.backends.tvm.codegen.loops import (
 )
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage
-from trimtab.backends.tvm.codegen.vector_math import lower_call
+from trimtab.backends.tvm.codegen.vector_math import lowering_of
 
 
 @dataclass
@@ -157,7 +157,7 @@ class RowKernel:
             return None
 
         def value(axes: dict[Any, Expr]) -> Expr:
-            return rewrite(stage.value, {**row, **axes}, redirect, lower_call)
+            return rewrite(stage.value, {**row, **axes}, redirect, lowering_of(stage.value))
 
         def write(axes: dict[Any, Expr], result: Expr) -> Stmt:
             inner = [axes[axis] for axis, _ in rest]

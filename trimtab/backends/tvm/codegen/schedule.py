@@ -16,6 +16,7 @@ from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage, inline_pointwise, read_program
 from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages, share_all_axes
+from trimtab.backends.tvm.codegen.vector_rounding import rounds, with_roundings
 from trimtab.backends.tvm.codegen.window_reduction import Window, find_window, window_kernel
 
 
@@ -36,6 +37,8 @@ def schedule_function(function: Any, machine: Machine) -> Any:
     program = inline_pointwise(program)
     segments = _segments(program, machine)
     body = sequence(*(_generate(program, segment, segments, machine) for segment in segments))
+    if rounds([stage.value for stage in program.stages]):
+        body = with_roundings(machine, body)
     shared = [b for b in program.temporaries if not _is_local(program, b, segments)]
     body = sequence(*(tirx.AllocBuffer(buffer) for buffer in shared), body)
     return tirx.PrimFunc(function.params, body, function.ret_type, function.attrs)

@@ -21,7 +21,7 @@ from trimtab.backends.tvm.microkernels.isa import (
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
 from trimtab.backends.tvm.microkernels.products import NibbleProduct
 from trimtab.backends.tvm.microkernels.rounding import PARAMETERS as ROUNDING_PARAMETERS
-from trimtab.backends.tvm.microkernels.rounding import rounding_body
+from trimtab.backends.tvm.microkernels.rounding import rounding_body, vector_body
 from trimtab.backends.tvm.microkernels.tiles import RegisterTile, accumulator_sets, fits, preferred_tiles
 from trimtab.backends.tvm.microkernels.transposition import PARAMETERS as TRANSPOSITION_PARAMETERS
 from trimtab.backends.tvm.microkernels.transposition import transposition_body
@@ -29,8 +29,8 @@ from trimtab.backends.tvm.microkernels.vector_kernel import VectorKernel
 from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
-           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "RegisterTile", "preferred_tiles",
-           "rounding", "transposition"]  # fmt: skip
+           "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "ROUNDED_TOGETHER", "RegisterTile",
+           "preferred_tiles", "rounding", "vector_rounding", "vector_rounding_name", "transposition"]  # fmt: skip
 
 UNROLL = 4
 """Steps in an iteration of the loop over the depth."""
@@ -147,7 +147,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
         if isinstance(product, NibbleProduct):
             parameters += ", ptr noalias %scales"
     functions.append((f"i32 @{name}({parameters})", body))
-    text = _module(isa, features, functions, globals)
+    text = _module(_width(isa), features, functions, globals)
     types = (product.a_dtype, product.b_dtype, product.c_dtype)
     return MicroKernel(name, text, features, rows, columns, product.group, *types, product.depth_step,
                        prefetch_depth, prefetch_lines, setup, teardown)  # fmt: skip
@@ -160,7 +160,29 @@ def rounding(isa: InstructionSet) -> tuple[str, str]:
     """
     name = f"trimtab_round_bf16_{isa.lanes}"
     signature = f"i32 @{name}({ROUNDING_PARAMETERS})"
-    return name, _module(isa, isa.features, [(signature, rounding_body(isa.lanes))], [])
+    return name, _module(_width(isa), isa.features, [(signature, rounding_body(isa.lanes))], [])
+
+
+ROUNDED_TOGETHER = (2, 4, 8, 16, 32)
+"""Lanes for which there are functions that round a vector."""
+
+
+def vector_rounding_name(lanes: int) -> str:
+    """The function ``<lanes x i16> name(<lanes x float>)`` that rounds a vector to bf16."""
+    return f"trimtab_round_bf16_x{lanes}"
+
+
+def vector_rounding(has_instruction: bool) -> str:
+    """LLVM module of the functions that round vectors of :data:`ROUNDED_TOGETHER` lanes of f32 to the bits of bf16.
+
+    Args:
+        has_instruction: whether the target rounds vectors to bf16 by an instruction.
+    """
+    functions = [
+        (f"<{lanes} x i16> @{vector_rounding_name(lanes)}(<{lanes} x float> %a)", vector_body(lanes, has_instruction))
+        for lanes in ROUNDED_TOGETHER
+    ]
+    return _module("", (), functions, [])
 
 
 def transposition(isa: InstructionSet) -> tuple[str, str]:
@@ -171,16 +193,18 @@ def transposition(isa: InstructionSet) -> tuple[str, str]:
     """
     name = f"trimtab_transpose_{isa.lanes}"
     signature = f"i32 @{name}({TRANSPOSITION_PARAMETERS})"
-    return name, _module(isa, isa.features, [(signature, transposition_body(isa.lanes))], [])
+    return name, _module(_width(isa), isa.features, [(signature, transposition_body(isa.lanes))], [])
 
 
-def _module(
-    isa: InstructionSet, features: tuple[str, ...], functions: list[tuple[str, Writer]], globals: list[str]
-) -> str:
+def _width(isa: InstructionSet) -> str:
+    return f'"prefer-vector-width"="{8 * isa.vector_bytes}"'
+
+
+def _module(width: str, features: tuple[str, ...], functions: list[tuple[str, Writer]], globals: list[str]) -> str:
     declarations = sorted({line for _, body in functions for line in body.declarations})
     definitions = [body.function(signature, "#0") for signature, body in functions]
     # TVM keeps no code of a function that is not inlined.
-    attributes = ["alwaysinline", "nounwind", f'"prefer-vector-width"="{8 * isa.vector_bytes}"']
+    attributes = ["alwaysinline", "nounwind", width]
     if features:
         attributes.append(f'"target-features"="{",".join("+" + feature for feature in features)}"')
     return "\n".join([*globals, *declarations, *definitions, f"attributes #0 = {{ {' '.join(attributes)} }}", ""])

@@ -1,4 +1,4 @@
-"""Rounding of a row of float32 to bfloat16, by the processor's own instruction where it has one."""
+"""Rounding of float32 to bfloat16, of a row or of one vector, by the processor's own instruction where it has one."""
 
 from __future__ import annotations
 
@@ -19,4 +19,25 @@ def rounding_body(lanes: int) -> Writer:
 
     f.loop("%vectors", [("ptr", "%a"), ("ptr", "%b")], vector)
     f.do("ret i32 0")
+    return f
+
+
+def vector_body(lanes: int, has_instruction: bool) -> Writer:
+    """The body of ``<lanes x i16> name(<lanes x float> %a)``: the bits of the nearest bfloat16, of the even one of two.
+
+    Without the instruction LLVM would call a function of the C library for each lane. The arithmetic on integers that
+    is done instead makes a zero of a NaN whose mantissa is nearly full; those that arithmetic yields are not.
+    """
+    f = Writer()
+    words, halves = f"<{lanes} x i32>", f"<{lanes} x i16>"
+    if has_instruction:
+        narrow = f.let(f"fptrunc <{lanes} x float> %a to <{lanes} x bfloat>")
+        bits = f.let(f"bitcast <{lanes} x bfloat> {narrow} to {halves}")
+    else:
+        shift, one, half = (f.splat(lanes, "i32", str(value)) for value in (16, 1, 0x7FFF))
+        exact = f.let(f"bitcast <{lanes} x float> %a to {words}")
+        odd = f.let(f"and {words} {f.let(f'lshr {words} {exact}, {shift}')}, {one}")
+        above = f.let(f"add {words} {f.let(f'add {words} {exact}, {half}')}, {odd}")
+        bits = f.let(f"trunc {words} {f.let(f'lshr {words} {above}, {shift}')} to {halves}")
+    f.do(f"ret {halves} {bits}")
     return f

@@ -52,7 +52,7 @@ minimum = shared(smaller)
 
 
 def sigmoid(x: Expr) -> Expr:
-    return _c(x, 1) / (_c(x, 1) + te.exp(_c(x, 0) - x))
+    return te.sigmoid(x)
 
 
 @shared
@@ -125,7 +125,7 @@ def gelu(x: Expr) -> Expr:
 @shared
 def gelu_tanh(x: Expr) -> Expr:
     inner = _c(x, math.sqrt(2 / math.pi)) * (x + _c(x, 0.044715) * x * x * x)
-    return _c(x, 0.5) * x * (_c(x, 1) + te.tanh(inner))
+    return x * sigmoid(_c(x, 2) * inner)  # 1 + tanh(y) = 2 sigmoid(2 y)
 
 
 @shared
