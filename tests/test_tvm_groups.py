@@ -267,6 +267,7 @@ def loops(compiled: Compiled) -> list[str]:
     from trimtab.backends.tvm.targets import find_target
 
     spec = find_target("native", 2)
-    lowered = lower(emit(compiled.module, spec.machine).relax, spec.tvm_target(), spec.machine)
+    emitted = emit(compiled.module, spec.machine).relax
+    lowered = lower(emitted, spec.tvm_target(), spec.machine, compiled.module.symbols()).module
     functions = {name.name_hint: function for name, function in lowered.functions_items()}
     return [functions[name].script() for name in compiled.code.kernels]

@@ -157,11 +157,15 @@ def test_runs_without_tvm_and_torch(tmp_path: Path) -> None:
         ctypes.CDLL({str(compiled.code.runtime_libraries[0])!r}, ctypes.RTLD_GLOBAL)
         vm = tvm_ffi.load_module({str(library)!r})["vm_load_executable"]()
         vm["vm_initialization"](1, 0, 2)
-        raw = numpy.zeros(120 + 16, "float32")
-        start = -raw.ctypes.data % 64 // 4
-        x = raw[start : start + 120].reshape(3, 40)
+        def aligned(nbytes):
+            raw = numpy.zeros(nbytes + 64, "uint8")
+            start = -raw.ctypes.data % 64
+            return raw[start : start + nbytes]
+        x = aligned(480).view("float32").reshape(3, 40)
         x[:] = numpy.sin(numpy.arange(120)).reshape(3, 40)
-        (y,) = vm["main"](tvm_ffi.from_dlpack(x))
+        x = tvm_ffi.from_dlpack(x)
+        arena = aligned(vm[{compiled.code.arena!r}](x))
+        (y,) = vm["main"](x, tvm_ffi.from_dlpack(arena))
         numpy.from_dlpack(y).tofile({str(tmp_path / "y")!r})
         assert "tvm" not in sys.modules
     """)

@@ -33,7 +33,9 @@ class Compiled:
         import tvm_ffi
 
         given = [tvm_ffi.from_dlpack(_align(value)) for value in inputs]
-        return [torch.from_dlpack(value).clone() for value in self.machine["main"](*given, *self.weights)]
+        size = self.machine[self.code.arena](*given)
+        arena = tvm_ffi.from_dlpack(_align(torch.full((size,), 255, dtype=torch.uint8)))  # floats of it are NaN
+        return [torch.from_dlpack(value).clone() for value in self.machine["main"](*given, *self.weights, arena)]
 
 
 def _align(value: torch.Tensor) -> torch.Tensor:

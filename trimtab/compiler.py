@@ -22,7 +22,7 @@ from trimtab import __version__
 from trimtab.cores import check_thread_count
 from trimtab.errors import ArtifactError, InternalError, UsageError
 from trimtab.runtime.container import ArtifactWriter
-from trimtab.runtime.dimension import MAX_TEXT
+from trimtab.runtime.dimension import MAX_TEXT, Dimension
 from trimtab.runtime.manifest import (
     CHECK_ENTRY,
     MODULE_ENTRY,
@@ -42,6 +42,7 @@ from trimtab.tensor_file import TensorSource, write_tensors
 if TYPE_CHECKING:
     from trimtab.backends.base import Backend, CompiledCode
     from trimtab.ir import Module
+    from trimtab.ir.dims import Dim
     from trimtab.passes.observers import Observer
 
 BACKENDS = {"tvm": "trimtab.backends.tvm.backend"}
@@ -217,6 +218,7 @@ class Artifact:
                     runtime=tuple(f"code/{path.name}" for path in self._runtime_libraries),
                     requires=dict(code.requires),
                     kernels=_kernel_calls(code),
+                    arena=code.arena,
                 ),
             ),
             name=self.name,
@@ -240,7 +242,7 @@ class Artifact:
             versions={"trimtab": __version__, **code.requires},
             pipeline=self.pipeline,
             report=self.report,
-            memory=dict(code.memory),
+            memory={purpose: _count(nbytes) for purpose, nbytes in code.memory.items()},
             threads=self.threads,
             tolerance=self.tolerance,
             precision=self.precision,
@@ -276,7 +278,7 @@ class Artifact:
 
     def _write(self, path: Path) -> None:
         weights = {w.name: TensorSource(w.dtype, w.shape, w.blocks) for w in self.code.weights}
-        expected = len(self.code.library) + self.code.memory.get("weight_bytes", 0)
+        expected = len(self.code.library) + sum(weight.nbytes for weight in self.code.weights)
         with ArtifactWriter(path, expected_bytes=expected) as writer:
             writer.add_bytes(MODULE_ENTRY, str(self.module).encode())
             writer.add_bytes(_LIBRARY_ENTRY, self.code.library)
@@ -332,15 +334,20 @@ def _kernel_calls(code: CompiledCode) -> tuple[KernelCall, ...]:
     calls = []
     for call in code.calls:
         counts = (call.macs, call.bytes_read, call.bytes_written)
-        macs, read, written = (count if isinstance(count, int) else str(count) for count in counts)
+        macs, read, written = map(_count, counts)
         if any(isinstance(count, str) and len(count) > MAX_TEXT for count in (macs, read, written)):
             return ()
         calls.append(KernelCall(call.name, call.ops, macs, call.factors, read, written))
     return tuple(calls)
 
 
+def _count(count: Dim) -> Dimension:
+    """An integer, or the text of an expression, as manifests have them."""
+    return count if isinstance(count, int) else str(count)
+
+
 def _tensor_spec(name: str, type: Any) -> TensorSpec:
-    return TensorSpec(name, str(type.dtype), tuple(dim if isinstance(dim, int) else str(dim) for dim in type.shape))
+    return TensorSpec(name, str(type.dtype), tuple(map(_count, type.shape)))
 
 
 def _expected(module: Module) -> tuple[tuple[Sample, ...], Tolerance]:

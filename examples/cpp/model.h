@@ -92,9 +92,12 @@ class Model {
   const ZipReader& archive() const { return archive_; }
   const json::Value& manifest() const { return manifest_; }
 
-  std::vector<ffi::Tensor> operator()(const std::vector<ffi::Tensor>& inputs) const {
+  // Not from several threads at once: calls share the memory for intermediate tensors. Make a model per thread.
+  std::vector<ffi::Tensor> operator()(const std::vector<ffi::Tensor>& inputs) {
     std::vector<ffi::AnyView> arguments(inputs.begin(), inputs.end());
+    if (arena_size_ != nullptr) GrowArena(arguments);
     arguments.insert(arguments.end(), weights_.begin(), weights_.end());
+    if (arena_size_ != nullptr) arguments.push_back(arena_);
     ffi::Any result;
     main_.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
     if (auto single = result.try_cast<ffi::Tensor>()) return {*single};
@@ -173,6 +176,19 @@ class Model {
     constexpr int kPooledAllocator = 2;
     machine_->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kPooledAllocator);
     main_ = machine_->GetFunction(Text(Field(variant, "entry"))).value();
+    const std::string arena = Text(Field(variant, "arena"));
+    if (!arena.empty()) arena_size_ = machine_->GetFunction(arena).value();
+  }
+
+  // Makes room for the intermediate tensors of a call with these inputs; the memory is kept for the next call.
+  void GrowArena(const std::vector<ffi::AnyView>& inputs) {
+    ffi::Any size;
+    arena_size_.CallPacked(inputs.data(), static_cast<int32_t>(inputs.size()), &size);
+    const auto bytes = static_cast<size_t>(size.cast<int64_t>());
+    if (!arena_memory_.empty() && arena_memory_.size() - 64 >= bytes) return;
+    arena_memory_ = std::vector<char>(bytes + 64);
+    char* start = arena_memory_.data() + (64 - reinterpret_cast<uintptr_t>(arena_memory_.data()) % 64) % 64;
+    arena_ = Borrow(start, {static_cast<int64_t>(bytes)}, "u8");
   }
 
   ZipReader archive_;
@@ -180,7 +196,10 @@ class Model {
   ffi::Module library_{ffi::UnsafeInit()};
   ffi::Module machine_{ffi::UnsafeInit()};
   ffi::Function main_;
+  ffi::Function arena_size_{nullptr};
   std::vector<ffi::Tensor> weights_;
+  std::vector<char> arena_memory_;
+  ffi::Tensor arena_;
 };
 
 }  // namespace trim

@@ -90,7 +90,7 @@ bool Compare(const std::string& label, const ffi::Tensor& got, const trim::NpyAr
 }
 
 bool Run(const std::string& path, int repetitions) {
-  const trim::Model model(path);
+  trim::Model model(path);
   const trim::json::Value tolerance = trim::Field(model.manifest(), "tolerance");
   if (tolerance == nullptr) throw std::runtime_error("the file carries no samples to compare with");
   const double rtol = trim::Field(tolerance, "rtol").cast<double>(), atol = trim::Field(tolerance, "atol").cast<double>();

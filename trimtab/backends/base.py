@@ -74,10 +74,12 @@ class CompiledCode:
         weights: what the entry function takes after the inputs, in order.
         runtime_libraries: files the code needs at run time besides ``library``, in loading order.
         requires: versions of the packages the code was built for.
-        memory: bytes of the memory plan, by purpose.
+        memory: bytes by purpose; those that depend on the inputs' sizes are expressions.
         seconds: time spent, by stage.
         calls: the kernel calls that a call of the model makes, in order.
         entry: name of the function to call.
+        arena: name of the function that takes the inputs and says how many bytes of memory for intermediate tensors the
+            entry takes after the weights; empty when it takes none.
     """
 
     backend: str
@@ -87,10 +89,11 @@ class CompiledCode:
     weights: tuple[StoredWeight, ...]
     runtime_libraries: tuple[Path, ...] = ()
     requires: Mapping[str, str] = field(default_factory=dict)
-    memory: Mapping[str, int] = field(default_factory=dict)
+    memory: Mapping[str, Dim] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     calls: tuple[KernelCall, ...] = ()
     entry: str = "main"
+    arena: str = ""
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:

@@ -65,6 +65,7 @@ def _inspect_artifact(path: Path, ops: bool, full: bool, sizes: Mapping[str, int
 
     reader = ArtifactReader(path, verify="code")
     manifest = reader.manifest
+    bound = {symbol.name: sizes.get(symbol.name, symbol.min) for symbol in manifest.symbols}
     document: dict[str, Any] = {
         "model": str(path),
         "kind": "artifact",
@@ -79,6 +80,8 @@ def _inspect_artifact(path: Path, ops: bool, full: bool, sizes: Mapping[str, int
         "precision": manifest.precision,
         "passes_applied": _applied(manifest.report),
         "memory": manifest.memory,
+        "memory_sizes": bound,
+        "memory_bytes": _bytes_at(manifest.memory, bound),
         "variants": [
             {
                 "target": variant.target,
@@ -109,6 +112,15 @@ def _count(text: str, path: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
     from trimtab.ir import parse_module
 
     return summarize(parse_module(text, file=f"{path}/module.ttir"), sizes)
+
+
+def _bytes_at(memory: Any, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The counts of a manifest's ``memory`` with the symbols at ``sizes`` (free JSON: anything odd is left out)."""
+    from trimtab.runtime.dimension import MAX_TEXT, evaluate, symbols_of
+
+    counts = memory.items() if isinstance(memory, Mapping) else ()
+    readable = {name: n for name, n in counts if type(n) is int or (isinstance(n, str) and len(n) <= MAX_TEXT)}
+    return {name: evaluate(n, sizes) for name, n in readable.items() if symbols_of(n) <= sizes.keys()}
 
 
 def _applied(report: Any) -> list[str]:
@@ -164,8 +176,10 @@ def _print(document: Mapping[str, Any]) -> None:
             runtime = "in the file" if variant["runtime_in_file"] else "not in the file"
             fact("runtime", f"{runtime}; {_pairs(variant['requires'])}")
             fact("runs here", "yes" if variant["runs_here"] else f"no: {variant['refusal']}")
-        for name, count in (document["memory"] or {}).items():
-            fact(name.replace("_", " "), text_bytes(count) if isinstance(count, int) else count)
+        at = ", ".join(f"{name}={size}" for name, size in document["memory_sizes"].items())
+        for name, count in document["memory_bytes"].items():
+            varies = not isinstance(document["memory"][name], int)
+            fact(name.replace("_", " "), text_bytes(count) + (f" at {at}" if varies else ""))
         fact("built with", _pairs(document["versions"]))
     to.print(facts)
     if "ops" in document:

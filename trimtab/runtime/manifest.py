@@ -119,12 +119,14 @@ class CodeVariant:
         target: target triple, such as ``x86_64-unknown-linux-gnu``.
         library: entry of the file that holds the code.
         backend: ``tvm``: a shared library with a Relax executable.
-        entry: the function to call, with all inputs and then all weights.
+        entry: the function to call, with all inputs, then all weights, then the arena if it takes one.
         features: CPU features the code needs, by LLVM name; levels such as ``x86-64-v3`` too.
         runtime: entries with the shared libraries of the backend's runtime, in loading order; empty if left out.
         weights: names of the weights to pass, in order; None means all of the manifest's.
         requires: versions of the packages the code was built for, such as ``{"apache-tvm": "0.27.0.post1"}``.
         kernels: the kernel calls that a call of the model makes, in order; empty where the compiler does not tell.
+        arena: the function that takes all inputs and returns how many bytes the arena must have, the memory for
+            intermediate tensors; empty when the entry takes none.
     """
 
     target: str
@@ -136,6 +138,7 @@ class CodeVariant:
     weights: tuple[str, ...] | None = None
     requires: dict[str, str] = field(default_factory=dict)
     kernels: tuple[KernelCall, ...] = ()
+    arena: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class Manifest:
         versions: compiler and dependency versions at build time.
         pipeline: text of the pass pipeline that made the module.
         report: per-pass report, free JSON.
-        memory: numbers of the memory plan, free JSON.
+        memory: bytes by purpose, as integers or expressions over symbols; free JSON.
         threads: threads the code was planned for, which a session uses where there are as many cores; None if any.
         tolerance: for ``check.npz``; None if the file carries none.
         precision: ``f32``, ``bf16`` or ``f16-storage``, the precision that the module was compiled in.

@@ -78,6 +78,7 @@ class Executable:
     runtime: NativeRuntime
     module: Any
     entry: str
+    arena: str = ""
 
     def new_machine(self, instrument: Callable[..., int] | None = None) -> Callable[..., Any]:
         """The entry function of a fresh virtual machine (they are not safe for concurrent use).
@@ -86,12 +87,23 @@ class Executable:
             instrument: called before and after every kernel with ``(function, name, is_before, result, *arguments)``;
                 cannot be removed again.
         """
-        machine = self.module["vm_load_executable"]()
-        machine["vm_initialization"](_CPU_DEVICE, 0, _POOLED_ALLOCATOR)
+        machine = self._machine()
         if instrument is not None:
             machine["set_instrument"](self.runtime.ffi.convert(instrument))
         function: Callable[..., Any] = machine[self.entry]
         return function
+
+    def arena_size(self) -> Callable[..., int] | None:
+        """The function that takes the inputs and says how large the arena must be; None when the code takes none."""
+        if not self.arena:
+            return None
+        function: Callable[..., int] = self._machine()[self.arena]
+        return function
+
+    def _machine(self) -> Any:
+        machine = self.module["vm_load_executable"]()
+        machine["vm_initialization"](_CPU_DEVICE, 0, _POOLED_ALLOCATOR)
+        return machine
 
 
 def select_variant(variants: Sequence[CodeVariant], source: str) -> CodeVariant:
@@ -163,9 +175,10 @@ def load_executable(reader: ArtifactReader, variant: CodeVariant, *, prefer_carr
             except Exception as error:
                 raise _unloadable(reader, variant.library, error) from error
             _modules[digest] = module
-    executable = Executable(runtime, module, variant.entry)
+    executable = Executable(runtime, module, variant.entry, variant.arena)
     try:
         executable.new_machine()
+        executable.arena_size()
     except Exception as error:
         raise _unloadable(reader, variant.library, error) from error
     return executable

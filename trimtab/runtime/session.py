@@ -13,6 +13,7 @@ import numpy as np
 
 from trimtab.cores import check_thread_count
 from trimtab.errors import InternalError, UsageError
+from trimtab.runtime.arena import Arena
 from trimtab.runtime.container import ArtifactReader, Verify
 from trimtab.runtime.manifest import CodeVariant, Manifest, TensorSpec
 from trimtab.runtime.native_code import Executable, load_executable, select_variant
@@ -59,7 +60,8 @@ class Session:
     changed in place while a session is open (replacing it is fine).
 
     A session may be used from several threads; calls wait for each other.  For calls that run at the same time load the
-    file once per thread: code and weights are still shared.  Made by :func:`load`.
+    file once per thread: code and weights are still shared, and each session has memory of its own for intermediate
+    tensors, which it keeps until it is closed.  Made by :func:`load`.
 
     Attributes:
         signature: names, dtypes, shapes and symbol ranges.
@@ -81,6 +83,10 @@ class Session:
         self._scratch: dict[int, tuple[Array, Any]] = {}
         self._kernels = variant.kernels
         self._weights = self._map_weights(reader, variant.weights)
+        self._arena_size = executable.arena_size()
+        self._arena = Arena()
+        self._arena_tensors: list[Any] = []
+        self._arena_shapes: list[tuple[int, ...]] | None = None
         self._weight_addresses = frozenset(tensor.data_ptr() for tensor in self._weights)
 
     def _map_weights(self, reader: ArtifactReader, names: Sequence[str] | None) -> list[Any]:
@@ -157,6 +163,7 @@ class Session:
             self._reader = None
             self._weights = []
             self._scratch = {}
+            self._arena, self._arena_tensors, self._arena_shapes = Arena(), [], None
 
     def __enter__(self) -> Session:
         return self
@@ -183,12 +190,27 @@ class Session:
         tensors = [self._input_tensor(index, array) for index, array in enumerate(arrays)]
         pools = self._executable.runtime.pools
         try:
-            result = pools.run(self.threads, machine, *tensors, *self._weights)
+            arena = self._arena_for(arrays, tensors)
+            result = pools.run(self.threads, machine, *tensors, *self._weights, *arena)
         except Exception as error:
             # What the failed call left in the machine must not meet the next one.
             self._machine = self._executable.new_machine()
             raise self._failed(error, arrays) from error
         return self._to_outputs(result, tensors)
+
+    def _arena_for(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> list[Any]:
+        """The arena as an argument, large enough for these inputs; nothing when the code takes none."""
+        if self._arena_size is None:
+            return []
+        shapes = [array.shape for array in arrays]
+        if shapes != self._arena_shapes:
+            nbytes = self._arena_size(*tensors)
+            if not self._arena_tensors or not self._arena.fits(nbytes):
+                self._arena_tensors = []
+                self._arena.grow(nbytes)
+                self._arena_tensors = [self._to_tensor("u8", self._arena.memory)]
+            self._arena_shapes = shapes
+        return self._arena_tensors
 
     def _input_tensor(self, index: int, array: Array) -> Any:
         dtype = self.signature.inputs[index].dtype

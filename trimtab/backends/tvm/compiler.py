@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 def build(module: Module, target: str = "", threads: int | None = None) -> CompiledCode:
     """Compile ``module`` for a CPU.
 
-    The library holds a Relax executable whose ``main`` takes the inputs, then the weights, and returns a tuple with the
-    outputs. ``memory`` has ``workspace_bytes``, the planned intermediate memory where it is static, and
-    ``weight_bytes``.
+    The library holds a Relax executable whose ``main`` takes the inputs, the weights and the arena, which is memory for
+    intermediate tensors, and returns a tuple with the outputs. Its function ``arena_bytes`` takes the inputs and
+    returns how large the arena must be. ``memory`` has
+
+    - ``arena_bytes``, and ``live_bytes``, the most of it that holds tensors at one time: no arena can be smaller;
+    - ``scratch_bytes``, the most that a thread takes for itself inside of a kernel;
+    - ``weight_bytes``.
 
     Args:
         module: a verified module.
@@ -44,6 +48,7 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
     require_tvm()
     import importlib.metadata
 
+    from trimtab.backends.tvm.arena import ENTRY_SIZE
     from trimtab.backends.tvm.emit import emit
     from trimtab.backends.tvm.pipeline import build_executable, lower
     from trimtab.backends.tvm.support import check_supported
@@ -56,9 +61,9 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
     emitted = emit(module, spec.machine)
     clock.lap("emit")
     try:
-        lowered = lower(emitted.relax, spec.tvm_target(), spec.machine)
+        lowered = lower(emitted.relax, spec.tvm_target(), spec.machine, module.symbols())
         clock.lap("lower")
-        executable = build_executable(lowered, spec.tvm_target())
+        executable = build_executable(lowered.module, spec.tvm_target())
         clock.lap("generate")
         library = link(executable, compiler)
         clock.lap("link")
@@ -75,9 +80,15 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
         weights=weights,
         runtime_libraries=(_runtime_library(),),
         requires={name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")},
-        memory={"workspace_bytes": _workspace_bytes(lowered), "weight_bytes": sum(w.nbytes for w in weights)},
+        memory={
+            "arena_bytes": lowered.arena_bytes,
+            "live_bytes": lowered.live_bytes,
+            "scratch_bytes": lowered.scratch_bytes,
+            "weight_bytes": sum(w.nbytes for w in weights),
+        },
         seconds=clock.laps,
         calls=emitted.calls,
+        arena=ENTRY_SIZE,
     )
 
 
@@ -154,27 +165,6 @@ def link(executable: Any, compiler: str) -> bytes:
                 fix="check that the compiler can link shared libraries",
             ) from error
         return Path(path).read_bytes()
-
-
-def _workspace_bytes(lowered: Any) -> int:
-    """Bytes of the storages that memory planning allocates with a size known at compile time."""
-    from tvm import ir, relax, tirx
-
-    total = 0
-    for _, function in lowered.functions_items():
-        if not isinstance(function, relax.Function):
-            continue
-        sizes: list[int] = []
-
-        def visit(node: Any, sizes: list[int] = sizes) -> None:
-            if isinstance(node, ir.Call) and getattr(node.op, "name", "") == "relax.vm.alloc_storage":
-                for argument in node.args:
-                    if isinstance(argument, relax.ShapeExpr) and isinstance(argument.values[0], tirx.IntImm):
-                        sizes.append(int(argument.values[0].value))
-
-        relax.analysis.post_order_visit(function, visit)
-        total += sum(sizes)
-    return total
 
 
 def _explain(error: Exception, origins: Mapping[str, Sequence[Any]]) -> BackendError:

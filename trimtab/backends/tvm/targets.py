@@ -16,6 +16,7 @@ from trimtab.errors import UsageError
 
 HOST_LINKERS = ("cc", "gcc", "clang")
 
+
 @dataclass(frozen=True)
 class TargetSpec:
     """One target.
