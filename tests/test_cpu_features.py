@@ -92,7 +92,7 @@ def test_code_for_amx_is_refused_where_the_system_refuses_amx() -> None:
 from trimtab.cpu_features import host_system
 from trimtab.errors import ArtifactError
 from trimtab.runtime.manifest import CodeVariant
-from trimtab.runtime.native_code import select_variant
+from trimtab.runtime.variants import select_variant
 plain = CodeVariant(f"x86_64-{host_system()}", "plain")
 tiles = CodeVariant(f"x86_64-{host_system()}", "tiles", features=("avx2", "amx-tile", "amx-bf16"))
 print(select_variant([plain, tiles], "m.trim").library)

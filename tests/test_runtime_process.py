@@ -45,7 +45,7 @@ session = load(sys.argv[1], prefer_carried=len(sys.argv) > 2)
 x, scale = np.ones((3, 8), np.float32), np.ones((3, 1), np.float32)
 z, y = session(x, scale)
 assert z.shape == (3, 4) and np.array_equal(y, np.maximum(z, 0))
-origin = session._executable.runtime.origin
+origin = session._code.runtime.origin
 """
 NOTHING_HEAVY = """
 heavy = {"torch", "tvm", "onnx", "networkx", "scipy", "safetensors"} & set(sys.modules)

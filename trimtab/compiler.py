@@ -290,7 +290,7 @@ class Artifact:
             writer.finish(self.manifest)
 
     def _runs_here(self) -> bool:
-        from trimtab.runtime.native_code import select_variant
+        from trimtab.runtime.variants import select_variant
 
         try:
             select_variant(self.manifest.variants, self.name)

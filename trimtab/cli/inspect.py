@@ -131,7 +131,7 @@ def _applied(report: Any) -> list[str]:
 
 def _refusal(variant: Any, path: Path) -> str:
     from trimtab.errors import ArtifactError
-    from trimtab.runtime.native_code import select_variant
+    from trimtab.runtime.variants import select_variant
 
     try:
         select_variant([variant], str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import ArtifactError, MissingDependencyError
+from trimtab.runtime.container import ArtifactReader
+from trimtab.runtime.manifest import CodeVariant
+from trimtab.runtime.profile import FunctionTime
+from trimtab.runtime.signature import Signature
+from trimtab.runtime.variants import variant_weights
+from trimtab.tensor_file import STORAGE_TYPES
 
 Array = npt.NDArray[Any]
 
@@ -18,6 +25,53 @@ PARAMETER_SCOPE = "model"
 
 _lock = threading.Lock()
 _devices: dict[tuple[str, int], Any] = {}
+
+
+def load_code(
+    reader: ArtifactReader, variant: CodeVariant, signature: Signature, threads: int, *, prefer_carried: bool = False
+) -> IreeCode:
+    """See :func:`trimtab.runtime.variants.load_code`. Files carry no runtime of IREE."""
+    _check_release(reader, variant)
+    file = reader.weights()
+    weights = {name: file[name].array for name in variant_weights(reader, variant)}
+    outputs = [spec.dtype for spec in signature.outputs]
+    code = reader.view(variant.library)
+    function = IreeFunction(code, weights, variant.entry, variant.driver, threads, outputs)
+    return IreeCode(function, [spec.dtype for spec in signature.inputs])
+
+
+def _check_release(reader: ArtifactReader, variant: CodeVariant) -> None:
+    """Refuse code of another release: IREE promises nothing between them, and a wrong call may crash."""
+    wanted = variant.requires.get("iree-base-runtime", "")
+    try:
+        present = importlib.metadata.version("iree-base-runtime")
+    except importlib.metadata.PackageNotFoundError:
+        return  # said where it is imported
+    if wanted and wanted.split(".")[:2] != present.split(".")[:2]:
+        raise MissingDependencyError(
+            "the installed IREE runtime is of another release than the artifact's code",
+            values={"file": reader.path, "built_for": wanted, "installed": present},
+            rule="code of IREE runs in the release it was compiled with",
+            fix=f"pip install iree-base-runtime=={wanted}, or compile the model again",
+        )
+
+
+class IreeCode:
+    """A :class:`~trimtab.runtime.variants.ModelCode` that runs in IREE's virtual machine."""
+
+    def __init__(self, function: IreeFunction, dtypes: Sequence[str]) -> None:
+        self._function: IreeFunction | None = function
+        self._dtypes = dtypes
+
+    def __call__(self, arrays: Sequence[Array]) -> list[Array]:
+        assert self._function is not None  # sessions do not call what they closed
+        return self._function(list(zip(self._dtypes, arrays, strict=True)))
+
+    def time_kernels(self, arrays: Sequence[Array], repeat: int) -> list[FunctionTime]:
+        return []
+
+    def close(self) -> None:
+        self._function = None
 
 
 class IreeFunction:
@@ -84,15 +138,9 @@ def _inward(dtype: str, array: Array) -> Array:
     return array
 
 
-_STORAGE = {"bf16": np.dtype(np.uint16), "bool": np.dtype(np.bool_)}
-
-
 def _outward(dtype: str, array: Array) -> Array:
     """The array as callers get it: IREE's integers have no sign."""
-    if dtype in _STORAGE:
-        return array.view(_STORAGE[dtype])
-    kind = {"f": "float", "i": "int", "u": "uint"}[dtype[0]]
-    return array.view(np.dtype(f"{kind}{dtype[1:]}"))
+    return array.view(STORAGE_TYPES[dtype].numpy_dtype)
 
 
 def _import_runtime() -> Any:

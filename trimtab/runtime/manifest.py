@@ -118,13 +118,14 @@ class CodeVariant:
     Args:
         target: target triple, such as ``x86_64-unknown-linux-gnu``.
         library: entry of the file that holds the code.
-        backend: ``tvm``: a shared library with a Relax executable.
+        backend: ``tvm``: a shared library with a Relax executable; ``mlir``: a module of IREE's virtual machine.
         entry: the function to call, with all inputs, then all weights, then the arena if it takes one.
         features: CPU features the code needs, by LLVM name; levels such as ``x86-64-v3`` too.
         runtime: entries with the shared libraries of the backend's runtime, in loading order; empty if left out.
         weights: names of the weights to pass, in order; None means all of the manifest's.
         requires: versions of the packages the code was built for, such as ``{"apache-tvm": "0.27.0.post1"}``.
         kernels: the kernel calls that a call of the model makes, in order; empty where the compiler does not tell.
+        driver: the driver of IREE's runtime that runs ``mlir`` code; empty for other backends.
         arena: the function that takes all inputs and returns how many bytes the arena must have, the memory for
             intermediate tensors; empty when the entry takes none.
     """
@@ -139,6 +140,7 @@ class CodeVariant:
     requires: dict[str, str] = field(default_factory=dict)
     kernels: tuple[KernelCall, ...] = ()
     arena: str = ""
+    driver: str = ""
 
 
 @dataclass(frozen=True)

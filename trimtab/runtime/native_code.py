@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -28,11 +28,6 @@ from typing import Any
 
 from trimtab.cpu_features import (
     host_architecture,
-    host_level,
-    host_system,
-    missing_features,
-    processor_features,
-    split_triple,
 )
 from trimtab.errors import ArtifactError, MissingDependencyError
 from trimtab.runtime.container import ArtifactReader
@@ -104,50 +99,6 @@ class Executable:
         machine = self.module["vm_load_executable"]()
         machine["vm_initialization"](_CPU_DEVICE, 0, _POOLED_ALLOCATOR)
         return machine
-
-
-def select_variant(variants: Sequence[CodeVariant], source: str) -> CodeVariant:
-    """The variant for this machine; of several, the one that needs the most CPU features.
-
-    Raises:
-        ArtifactError: none fits: wrong architecture or operating system, missing CPU features, unknown backend.
-    """
-    architecture, system = host_architecture(), host_system()
-    here = [v for v in variants if split_triple(v.target)[0] == architecture]
-    here = [v for v in here if split_triple(v.target)[1] in (None, system)]
-    if not here:
-        raise ArtifactError(
-            "the artifact has no code for this machine",
-            values={
-                "file": source,
-                "built_for": ", ".join(variant.target for variant in variants),
-                "machine": f"{architecture}-{system}",
-            },
-            rule="native code runs on the architecture and operating system it was built for only",
-            fix=f"compile it for this target: trimtab compile {source} --target {architecture}-{system} -o model.trim",
-        )
-    runnable = [variant for variant in here if not missing_features(variant.features)]
-    if not runnable:
-        missing = missing_features(min(here, key=lambda v: len(missing_features(v.features))).features)
-        level = host_level()
-        rule = "running it would stop the process with an illegal instruction"
-        if set(missing) <= (processor_features() or frozenset()):
-            rule = "the processor has them, but the system does not let this process use them"
-        raise ArtifactError(
-            "the artifact needs CPU features that this machine does not have",
-            values={"file": source, "missing": " ".join(missing), "machine_level": level or architecture},
-            rule=rule,
-            fix=f"compile it for this machine: trimtab compile {source} --target native -o model.trim",
-        )
-    known = [variant for variant in runnable if variant.backend == "tvm"]
-    if not known:
-        raise ArtifactError(
-            "the artifact's code is of a backend this runtime cannot run",
-            values={"file": source, "backend": ", ".join(variant.backend for variant in runnable)},
-            rule="this version runs code of the tvm backend",
-            fix=f"compile it with that: trimtab compile {source} --backend tvm -o model.trim",
-        )
-    return max(known, key=lambda variant: len(variant.features))
 
 
 def load_executable(reader: ArtifactReader, variant: CodeVariant, *, prefer_carried: bool = False) -> Executable:

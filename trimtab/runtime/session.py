@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from trimtab.cores import check_thread_count
-from trimtab.errors import InternalError, UsageError
-from trimtab.runtime.arena import Arena
+from trimtab.errors import InternalError, TrimtabError, UsageError
 from trimtab.runtime.container import ArtifactReader, Verify
-from trimtab.runtime.manifest import CodeVariant, Manifest, TensorSpec
-from trimtab.runtime.native_code import Executable, load_executable, select_variant
-from trimtab.runtime.profile import FunctionTime, KernelTimer, Profile, Roofs, best_times, kernel_events
-from trimtab.runtime.signature import Array, Outputs, Signature, aligned_empty, as_array, is_ready
+from trimtab.runtime.manifest import CodeVariant, Manifest
+from trimtab.runtime.profile import Profile, Roofs, kernel_events
+from trimtab.runtime.signature import Array, Outputs, Signature, as_array
 from trimtab.runtime.threads import resolve_thread_count
-from trimtab.tensor_file import STORAGE_TYPES
+from trimtab.runtime.variants import ModelCode, load_code, select_variant
 
 
 def load(
@@ -49,8 +45,10 @@ def load(
     reader = ArtifactReader(path, verify=verify)
     count = resolve_thread_count(threads, reader.manifest.threads)
     variant = select_variant(reader.manifest.variants, reader.path)
-    executable = load_executable(reader, variant, prefer_carried=prefer_carried)
-    return Session(reader, executable, variant, count)
+    manifest = reader.manifest
+    signature = Signature(manifest.inputs, manifest.outputs, manifest.symbols)
+    code = load_code(reader, variant, signature, count, prefer_carried=prefer_carried)
+    return Session(reader, code, variant, signature, count)
 
 
 class Session:
@@ -66,35 +64,21 @@ class Session:
     Attributes:
         signature: names, dtypes, shapes and symbol ranges.
         manifest: everything the artifact says about itself.
+        variant: the code that runs, of those the artifact carries.
         threads: how many threads a call uses.
         path: the file.
     """
 
-    def __init__(self, reader: ArtifactReader, executable: Executable, variant: CodeVariant, threads: int) -> None:
-        manifest = reader.manifest
+    def __init__(self, reader: ArtifactReader, code: ModelCode, variant: CodeVariant, signature: Signature,
+                 threads: int) -> None:  # fmt: skip
         self.path = reader.path
-        self.manifest: Manifest = manifest
-        self.signature = Signature(manifest.inputs, manifest.outputs, manifest.symbols)
+        self.manifest: Manifest = reader.manifest
+        self.variant = variant
+        self.signature = signature
         self.threads = threads
         self._reader: ArtifactReader | None = reader
-        self._executable = executable
-        self._machine = executable.new_machine()
+        self._code = code
         self._lock = threading.Lock()
-        self._scratch: dict[int, tuple[Array, Any]] = {}
-        self._kernels = variant.kernels
-        self._weights = self._map_weights(reader, variant.weights)
-        self._arena_size = executable.arena_size()
-        self._arena = Arena()
-        self._arena_tensors: list[Any] = []
-        self._arena_shapes: list[tuple[int, ...]] | None = None
-        self._weight_addresses = frozenset(tensor.data_ptr() for tensor in self._weights)
-
-    def _map_weights(self, reader: ArtifactReader, names: Sequence[str] | None) -> list[Any]:
-        file = reader.weights()
-        wanted = [weight.name for weight in self.manifest.weights] if names is None else names
-        arrays = [(file[name].dtype, file[name].array) for name in wanted]
-        # Weights of foreign files may be unaligned: those are copied once.
-        return [self._to_tensor(dtype, array if is_ready(array) else _aligned_copy(array)) for dtype, array in arrays]
 
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
         """Run the model.
@@ -114,7 +98,8 @@ class Session:
         """
         arrays = self._check(inputs, named_inputs)
         with self._lock:
-            return self._run(self._machine, arrays)
+            outputs = self._run(arrays)
+        return outputs[0] if len(outputs) == 1 else Outputs([spec.name for spec in self.signature.outputs], outputs)
 
     def profile(self, *inputs: Any, repeat: int = 20, roofs: Roofs | None = None, **named_inputs: Any) -> Profile:
         """Time calls: one to warm up, ``repeat`` whole calls, then as many with a timer around every kernel.
@@ -135,35 +120,21 @@ class Session:
             raise UsageError("bad number of repetitions", values={"repeat": repeat}, rule="it must be at least 1")
         arrays = self._check(inputs, named_inputs)
         with self._lock:
-            self._run(self._machine, arrays)
+            self._run(arrays)
             calls = []
             for _ in range(repeat):
                 begin = time.perf_counter()
-                self._run(self._machine, arrays)
+                self._run(arrays)
                 calls.append(time.perf_counter() - begin)
-            times = self._time_kernels(arrays, repeat)
-        events = kernel_events(times, self._kernels, self.signature.check(arrays))
+            times = self._code.time_kernels(arrays, repeat)
+        events = kernel_events(times, self.variant.kernels, self.signature.check(arrays))
         return Profile(tuple(calls), events, self.threads, roofs)
-
-    def _time_kernels(self, arrays: Sequence[Array], repeat: int) -> list[FunctionTime]:
-        """The functions that a call runs, each with the least time it took in ``repeat`` calls; the lock is held."""
-        timer = KernelTimer()
-        instrumented = self._executable.new_machine(timer)
-        self._run(instrumented, arrays)
-        timer.take()
-        runs = []
-        for _ in range(repeat):
-            self._run(instrumented, arrays)
-            runs.append(timer.take())
-        return best_times(runs)
 
     def close(self) -> None:
         """Let go of the mapped file. Arrays returned by earlier calls stay valid; further calls are refused."""
         with self._lock:
             self._reader = None
-            self._weights = []
-            self._scratch = {}
-            self._arena, self._arena_tensors, self._arena_shapes = Arena(), [], None
+            self._code.close()
 
     def __enter__(self) -> Session:
         return self
@@ -183,82 +154,16 @@ class Session:
         self.signature.check(arrays)
         return arrays
 
-    def _run(self, machine: Any, arrays: Sequence[Array]) -> Any:
+    def _run(self, arrays: Sequence[Array]) -> list[Array]:
         """One call; the lock is held."""
         if self._reader is None:
             raise UsageError("the session is closed", values={"path": self.path}, fix="load the file again")
-        tensors = [self._input_tensor(index, array) for index, array in enumerate(arrays)]
-        pools = self._executable.runtime.pools
         try:
-            arena = self._arena_for(arrays, tensors)
-            result = pools.run(self.threads, machine, *tensors, *self._weights, *arena)
+            return self._code(arrays)
+        except TrimtabError:
+            raise
         except Exception as error:
-            # What the failed call left in the machine must not meet the next one.
-            self._machine = self._executable.new_machine()
             raise self._failed(error, arrays) from error
-        return self._to_outputs(result, tensors)
-
-    def _arena_for(self, arrays: Sequence[Array], tensors: Sequence[Any]) -> list[Any]:
-        """The arena as an argument, large enough for these inputs; nothing when the code takes none."""
-        if self._arena_size is None:
-            return []
-        shapes = [array.shape for array in arrays]
-        if shapes != self._arena_shapes:
-            nbytes = self._arena_size(*tensors)
-            if not self._arena_tensors or not self._arena.fits(nbytes):
-                self._arena_tensors = []
-                self._arena.grow(nbytes)
-                self._arena_tensors = [self._to_tensor("u8", self._arena.memory)]
-            self._arena_shapes = shapes
-        return self._arena_tensors
-
-    def _input_tensor(self, index: int, array: Array) -> Any:
-        dtype = self.signature.inputs[index].dtype
-        if is_ready(array):
-            return self._to_tensor(dtype, array)
-        buffer, tensor = self._scratch.get(index, (None, None))
-        if buffer is None or buffer.shape != array.shape:
-            buffer = aligned_empty(array.shape, array.dtype)
-            tensor = self._to_tensor(dtype, buffer)
-            self._scratch[index] = buffer, tensor
-        np.copyto(buffer, array)
-        return tensor
-
-    def _to_tensor(self, dtype: str, array: Array) -> Any:
-        runtime = self._executable.runtime
-        # Asking for DLPack 1.0 lets numpy hand out read-only arrays, which mapped weights are.
-        tensor = runtime.ffi.from_dlpack(array.__dlpack__(max_version=(1, 0)))
-        if dtype == "bf16":
-            tensor = runtime.view(tensor, "bfloat16")
-        return tensor
-
-    def _to_outputs(self, result: Any, inputs: Sequence[Any]) -> Any:
-        specs = self.signature.outputs
-        tensors = [result] if hasattr(result, "data_ptr") else list(result)
-        if len(tensors) != len(specs):
-            raise InternalError(
-                "the compiled code returned another number of outputs than its signature has",
-                values={"path": self.path, "returned": len(tensors), "signature": len(specs)},
-            )
-        # An output may be an input or a weight passed through, whose memory is not the caller's to keep or write.
-        taken = {tensor.data_ptr() for tensor in inputs}
-        arrays: list[Array] = []
-        for spec, tensor in zip(specs, tensors, strict=True):
-            array, address = self._output_array(spec, tensor), tensor.data_ptr()
-            arrays.append(array.copy() if address in taken or address in self._weight_addresses else array)
-            taken.add(address)
-        return arrays[0] if len(arrays) == 1 else Outputs([spec.name for spec in specs], arrays)
-
-    def _output_array(self, spec: TensorSpec, tensor: Any) -> Array:
-        if spec.dtype == "bf16":
-            tensor = self._executable.runtime.view(tensor, "uint16")
-        array = np.from_dlpack(tensor)
-        if array.dtype != STORAGE_TYPES[spec.dtype].numpy_dtype:
-            raise InternalError(
-                "the compiled code returned another dtype than its signature has",
-                values={"path": self.path, "output": spec.name, "returned": array.dtype, "signature": spec.dtype},
-            )
-        return array
 
     def _failed(self, error: Exception, arrays: Sequence[Array]) -> InternalError:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -269,9 +174,3 @@ class Session:
             rule="either memory ran out, or this is a bug in Trimtab",
             fix="if there is memory left, please report it with the artifact and these input shapes",
         )
-
-
-def _aligned_copy(array: Array) -> Array:
-    copy = aligned_empty(array.shape, array.dtype)
-    np.copyto(copy, array)
-    return copy
