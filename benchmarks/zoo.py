@@ -1,7 +1,7 @@
-"""Every zoo model through both doors and the TVM backend, in one table.
+"""Every zoo model through both doors and the backends, in one table.
 
     python benchmarks/zoo.py [--quick] [--json FILE] [--write-docs] [--model NAME]
-                             [--door torch|onnx] [--backend interpreter|tvm]
+                             [--door torch|onnx] [--backend interpreter|tvm|mlir] [--target NAME]
 
 For each model and door: import, verify, print and parse back, then compare with eager PyTorch at several sizes:
 the interpreter within 1e-5 (float32) and 1e-10 (float64, torch door), the compiled code within 1e-4 of the
@@ -30,6 +30,7 @@ import torch
 
 from producers import Source, write_dynamo
 from trimtab import Module, TrimtabError, compile, from_onnx, interpret, load, trace
+from trimtab.compiler import BACKENDS
 from trimtab.ir import parse_module, print_module
 from zoo_models import ZooModel, zoo
 
@@ -58,7 +59,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a subset of the models")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--door", choices=["torch", "onnx"], action="append", help="only this door")
-    parser.add_argument("--backend", choices=["interpreter", "tvm"], action="append", help="only this backend")
+    parser.add_argument("--backend", choices=["interpreter", *BACKENDS], action="append", help="only this backend")
+    parser.add_argument("--target", default="native", help="what the backends compile for")
     parser.add_argument("--model", action="append", help="only this model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write-docs", action="store_true", help="write the table to docs/zoo.md")
@@ -72,7 +74,7 @@ def main() -> int:
         if args.model and entry.name not in args.model:
             continue
         for door in args.door or ["torch", "onnx"]:
-            for row in check(entry, door, args.backend or ["interpreter", "tvm"]):
+            for row in check(entry, door, args.backend or ["interpreter", "tvm"], args.target):
                 rows.append(row)
                 print(
                     f"{row.model:18s} {row.door:6s} {row.backend:12s} {row.outcome:8s} {row.difference:10.1e} "
@@ -117,7 +119,7 @@ def write_docs(rows: Sequence[dict[str, Any]]) -> None:
     page.write_text("\n".join(lines) + "\n")
 
 
-def check(entry: ZooModel, door: str, backends: Sequence[str]) -> Iterator[Row]:
+def check(entry: ZooModel, door: str, backends: Sequence[str], target: str) -> Iterator[Row]:
     """The rows of one model through one door."""
     model = entry.build()
     with tempfile.TemporaryDirectory() as folder:
@@ -135,15 +137,15 @@ def check(entry: ZooModel, door: str, backends: Sequence[str]) -> Iterator[Row]:
                 _compare_interpreter(wide, entry, double, torch.float64, 1e-10, [(2, 12)])
             return worst
 
-        def by_tvm() -> float:
+        def by_code(backend: str) -> float:
             module = imported[0] if imported else _import(entry, model, door, Path(folder))
-            return _compare_compiled(module, entry, Path(folder))
+            return _compare_compiled(module, entry, Path(folder), backend, target)
 
         for backend in backends:
             start = time.perf_counter()
             row = Row(entry.name, door, backend, "passed")
             try:
-                row.difference = by_interpreter() if backend == "interpreter" else by_tvm()
+                row.difference = by_interpreter() if backend == "interpreter" else by_code(backend)
             except TrimtabError as error:
                 row.outcome, row.error = "refused", str(error)
             except Disagreement as error:
@@ -188,9 +190,9 @@ def _compare_interpreter(
     return worst
 
 
-def _compare_compiled(module: Module, entry: ZooModel, folder: Path) -> float:
+def _compare_compiled(module: Module, entry: ZooModel, folder: Path, backend: str, target: str) -> float:
     worst = 0.0
-    artifact = compile(module, target="native").save(folder / "model.trim")
+    artifact = compile(module, target=target, backend=backend).save(folder / "model.trim")
     with load(artifact) as session:
         for batch, length in _sizes(entry):
             inputs = list(entry.inputs(batch, length).values())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import trimtab
-from trimtab.compiler import Artifact
+from trimtab.artifact import Artifact
 from trimtab.errors import ArtifactError, UnsupportedByBackendError, UsageError
 from trimtab.runtime.container import ArtifactReader
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import trimtab
 from precision import error, pytorch_errors
-from trimtab.compiler import PRECISIONS, TOLERANCE
+from trimtab.artifact import TOLERANCE
+from trimtab.compiler import PRECISIONS
 from trimtab.errors import ArtifactError, UsageError
 from trimtab.ir import Builder, DType, Module, TensorType, Value, interpret, ops
 from trimtab.ir.analysis.statistics import count_ops

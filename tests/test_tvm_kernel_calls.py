@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import trimtab
-from trimtab.compiler import Artifact
+from trimtab.artifact import Artifact
 from trimtab.ir import Builder, DType, Graph, Module, TensorType, Value, ops
 from trimtab.ir.analysis import module_cost
 from trimtab.ir.dims import symbol

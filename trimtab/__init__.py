@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.compiler import Artifact, compile
+    from trimtab.artifact import Artifact
+    from trimtab.compiler import compile
     from trimtab.debug.bisect import bisect
     from trimtab.debug.reduce import reduce_module as reduce
     from trimtab.frontend.onnx import from_onnx
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "Artifact": ("trimtab.compiler", "Artifact"),
+    "Artifact": ("trimtab.artifact", "Artifact"),
     "Module": ("trimtab.ir", "Module"),
     "Session": ("trimtab.runtime", "Session"),
     "bisect": ("trimtab.debug.bisect", "bisect"),

@@ -70,7 +70,7 @@ class CompiledCode:
         backend: name of the backend.
         triple: target triple.
         features: CPU features the code needs, by LLVM name.
-        library: the code (a shared library for tvm).
+        library: the code: a shared library, or a module of a virtual machine.
         weights: what the entry function takes after the inputs, in order.
         runtime_libraries: files the code needs at run time besides ``library``, in loading order.
         requires: versions of the packages the code was built for.
@@ -80,6 +80,8 @@ class CompiledCode:
         entry: name of the function to call.
         arena: name of the function that takes the inputs and says how many bytes of memory for intermediate tensors the
             entry takes after the weights; empty when it takes none.
+        driver: the driver of the backend's runtime that runs the code, where there are several.
+        suffix: of a file that holds the code.
     """
 
     backend: str
@@ -94,6 +96,8 @@ class CompiledCode:
     calls: tuple[KernelCall, ...] = ()
     entry: str = "main"
     arena: str = ""
+    driver: str = ""
+    suffix: str = ".so"
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:

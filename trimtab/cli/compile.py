@@ -19,7 +19,7 @@ from trimtab.cli.report_option import ReportOption, reporting
 from trimtab.errors import UsageError
 
 if TYPE_CHECKING:
-    from trimtab.compiler import Artifact
+    from trimtab.artifact import Artifact
 
 
 def compile_command(
@@ -33,7 +33,7 @@ def compile_command(
         typer.Option(
             metavar="TARGET",
             help="`native` for this machine, or a name such as x86-64-v3 (trimtab doctor lists them); by default the "
-            "portable baseline of this machine's architecture.",
+            "portable baseline of this machine's architecture. Several with commas between them: one file for all.",
         ),
     ] = None,
     passes: Annotated[
@@ -47,7 +47,13 @@ def compile_command(
         ),
     ] = "f32",
     threads: ThreadsOption = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="Code generator.")] = "tvm",
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Code generator: `tvm`, `mlir`, both with a comma between them, or `auto` for the faster one here.",
+        ),
+    ] = "tvm",
     runtime_library: Annotated[
         bool,
         typer.Option(
@@ -118,6 +124,8 @@ def _describe(path: Path, artifact: Artifact, target: str | None, seconds: dict[
         "triple": variant.target,
         "features": list(variant.features),
         "backend": variant.backend,
+        "variants": [{"triple": v.target, "backend": v.backend, "features": list(v.features)} for v in manifest.variants],
+        "measured": artifact.measured,
         "pipeline": manifest.pipeline,
         "precision": manifest.precision,
         "inputs": [str(spec) for spec in manifest.inputs],
@@ -136,6 +144,11 @@ def _print(document: dict[str, Any]) -> None:
     to = console()
     where = f"{document['artifact']} ({text_bytes(document['bytes'])}, weights {text_bytes(document['weight_bytes'])})"
     to.print(f"compiled {where} for {document['triple']}, {document['target']}")
+    for other in document["variants"][1:]:
+        to.print(f"  also     {other['triple']} by {other['backend']}")
+    if document["measured"]:
+        times = ", ".join(f"{name} {text_seconds(value)}" for name, value in document["measured"].items())
+        to.print(f"  backend  {document['backend']}, a call took {times}")
     to.print(f"  inputs   {', '.join(document['inputs'])}")
     to.print(f"  outputs  {', '.join(document['outputs'])}")
     if document["symbols"]:

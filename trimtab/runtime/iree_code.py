@@ -33,7 +33,8 @@ def load_code(
     """See :func:`trimtab.runtime.variants.load_code`. Files carry no runtime of IREE."""
     _check_release(reader, variant)
     file = reader.weights()
-    weights = {name: file[name].array for name in variant_weights(reader, variant)}
+    names = variant_weights(reader, variant)
+    weights = {key: file[name].array for key, name in zip(variant.parameters or names, names, strict=True)}
     outputs = [spec.dtype for spec in signature.outputs]
     code = reader.view(variant.library)
     function = IreeFunction(code, weights, variant.entry, variant.driver, threads, outputs)

@@ -125,6 +125,7 @@ class CodeVariant:
         weights: names of the weights to pass, in order; None means all of the manifest's.
         requires: versions of the packages the code was built for, such as ``{"apache-tvm": "0.27.0.post1"}``.
         kernels: the kernel calls that a call of the model makes, in order; empty where the compiler does not tell.
+        parameters: names under which ``mlir`` code asks for the weights, in the same order; empty when their own.
         driver: the driver of IREE's runtime that runs ``mlir`` code; empty for other backends.
         arena: the function that takes all inputs and returns how many bytes the arena must have, the memory for
             intermediate tensors; empty when the entry takes none.
@@ -140,6 +141,7 @@ class CodeVariant:
     requires: dict[str, str] = field(default_factory=dict)
     kernels: tuple[KernelCall, ...] = ()
     arena: str = ""
+    parameters: tuple[str, ...] = ()
     driver: str = ""
 
 

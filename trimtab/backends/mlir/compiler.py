@@ -58,6 +58,8 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
         weights=weights,
         requires={"iree-base-runtime": importlib.metadata.version("iree-base-compiler")},
         memory={"weight_bytes": sum(weight.nbytes for weight in weights)},
+        driver=spec.driver,
+        suffix=".vmfb",
         seconds={"emit": emitted_at - started, "compile": time.perf_counter() - emitted_at},
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.backends.base import CompiledCode, StoredWeight
 from trimtab.backends.tvm.availability import require_tvm
+from trimtab.cpu_features import host_architecture, split_triple
 from trimtab.errors import BackendError, MissingDependencyError, TrimtabError
 from trimtab.ir.core import Module
 from trimtab.ir.weights import Weight
@@ -78,7 +79,7 @@ def build(module: Module, target: str = "", threads: int | None = None) -> Compi
         features=spec.features,
         library=library,
         weights=weights,
-        runtime_libraries=(_runtime_library(),),
+        runtime_libraries=_runtime_libraries(spec.triple),
         requires={name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")},
         memory={
             "arena_bytes": lowered.arena_bytes,
@@ -108,11 +109,13 @@ def _stored(weight: Weight, layout: Layout) -> StoredWeight:
     )
 
 
-def _runtime_library() -> Path:
-    """The runtime library that a device needs beside libtvm_ffi."""
+def _runtime_libraries(triple: str) -> tuple[Path, ...]:
+    """The runtime library that a device needs beside libtvm_ffi; none for another machine's architecture."""
     import tvm
 
-    return Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"
+    if split_triple(triple)[0] != host_architecture():
+        return ()
+    return (Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so",)
 
 
 class _Clock:
