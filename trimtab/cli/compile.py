@@ -124,7 +124,7 @@ def _describe(path: Path, artifact: Artifact, target: str | None, seconds: dict[
         "triple": variant.target,
         "features": list(variant.features),
         "backend": variant.backend,
-        "variants": [{"triple": v.target, "backend": v.backend, "features": list(v.features)} for v in manifest.variants],
+        "variants": [{"triple": v.target, "backend": v.backend} for v in manifest.variants],
         "measured": artifact.measured,
         "pipeline": manifest.pipeline,
         "precision": manifest.precision,
