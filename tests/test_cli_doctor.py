@@ -75,7 +75,8 @@ def test_a_failing_trial_is_reported(commands: Commands, monkeypatch: pytest.Mon
 
 def test_a_backend_that_does_not_work_says_why(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     status = BackendStatus("tvm", False, reason="the package apache-tvm is not installed", fix="pip install it")
-    monkeypatch.setattr(type(find_backend("tvm")), "status", lambda self: status)
+    for name in BACKENDS:
+        monkeypatch.setattr(type(find_backend(name)), "status", lambda self: status)
     outcome = commands.ok("doctor")
     assert "the package apache-tvm is not installed: pip install it" in outcome.out
     assert "trial: skipped" in outcome.out

@@ -32,9 +32,10 @@ def doctor_command(
         update("ask the backends", 0.1)
         document["backends"] = machine_state.backend_facts()
         document["trial"] = None
-        if not quick and any(backend["works"] for backend in document["backends"]):
+        working = [backend["name"] for backend in document["backends"] if backend["works"]]
+        if not quick and working:
             update("compile a tiny model", 0.3)
-            document["trial"] = machine_state.trial_compilation()
+            document["trial"] = machine_state.trial_compilation(working[0])
     if json:
         from trimtab.cli.output import print_json
 

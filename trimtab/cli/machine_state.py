@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def backend_facts() -> list[dict[str, Any]]:
     facts = []
     for name in BACKENDS:
         try:
+            import_module("trimtab.ir")  # what every backend compiles
             status = asdict(find_backend(name).status())
         except ImportError as error:  # on a machine that only runs artifacts
             cause = missing_dependency(error)
@@ -100,8 +102,8 @@ def backend_facts() -> list[dict[str, Any]]:
     return facts
 
 
-def trial_compilation() -> dict[str, Any]:
-    """Compile a tiny model for this machine and run it. The cause of a failure is an error as plain data."""
+def trial_compilation(backend: str) -> dict[str, Any]:
+    """Compile a tiny model for this machine with a backend and run it. The cause of a failure is an error as plain data."""
     import trimtab
     from trimtab.ir import Builder, DType, TensorType, ops
 
@@ -115,7 +117,7 @@ def trial_compilation() -> dict[str, Any]:
         builder.output(builder.add(ops.Relu(builder.add(ops.Linear(x, weight)).result)).result)
         with tempfile.TemporaryDirectory(prefix="trimtab-doctor-") as directory:
             path = Path(directory) / "trial.trim"
-            trimtab.compile(builder.module, target="native", name="doctor's trial").save(path)
+            trimtab.compile(builder.module, target="native", backend=backend, name="doctor's trial").save(path)
     except TrimtabError as error:
         return {
             "works": False,
