@@ -103,7 +103,7 @@ def backend_facts() -> list[dict[str, Any]]:
 
 
 def trial_compilation(backend: str) -> dict[str, Any]:
-    """Compile a tiny model for this machine with a backend and run it. The cause of a failure is an error as plain data."""
+    """Compile a tiny model with a backend and run it here. The cause of a failure is an error as plain data."""
     import trimtab
     from trimtab.ir import Builder, DType, TensorType, ops
 
