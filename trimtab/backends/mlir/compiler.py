@@ -100,7 +100,9 @@ _POINT = re.compile(r"^(?P<file>[^:\n]+):(?P<line>\d+):\d+: error: (?P<text>.*)$
 
 def _explain(text: str) -> BackendError:
     """A message of the compiler in terms of the user's model: its locations are the ops' own."""
-    errors = [line.strip() for line in text.splitlines() if "error:" in line] or text.strip().splitlines()[:1]
+    errors = [line.strip() for line in text.splitlines() if "error:" in line]
+    crash = re.search(r"Error code: -(\d+)", text)
+    said = errors[0] if errors else f"the compiler crashed with signal {crash[1]}" if crash else text.strip()
     place, point = _PLACE.search(text), _POINT.search(text)
     location = None
     if place is not None and place["file"]:
@@ -109,7 +111,7 @@ def _explain(text: str) -> BackendError:
         location = Location(point["file"], int(point["line"]))
     return BackendError(
         "IREE could not compile the module",
-        values={"op": place["op"] if place is not None else "unknown", "error": errors[0][:400]},
+        values={"op": place["op"] if place is not None else "unknown", "error": said[:400]},
         rule="a module that passed the capability check should compile",
         fix="try another target, or report it with the module's text",
         location=location,

@@ -58,7 +58,7 @@ _DEVICES = [
     TargetSpec("vmvx", "vmvx", (_LOCAL, "--iree-hal-local-target-device-backends=vmvx")),
     _device("vulkan-spirv", "vulkan", "vulkan", "a Vulkan 1.1 driver", "--iree-vulkan-target=vp_android_baseline_2022"),
     _device("metal-spirv", "metal", "metal", "macOS or iOS"),
-    _device("rocm-gfx942", "hip", "hip", "an AMD GPU and ROCm", "--iree-hip-target=gfx942"),
+    _device("rocm-gfx942", "hip", "hip", "an AMD GPU and ROCm", "--iree-rocm-target=gfx942"),
     *(
         _device(f"cuda-{sm}", "cuda", "cuda", "an NVIDIA GPU and its driver", f"--iree-cuda-target={sm}")
         for sm in ("sm_80", "sm_86", "sm_89")
