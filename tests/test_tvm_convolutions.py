@@ -90,7 +90,24 @@ def test_a_convolution_in_groups(groups: int, tmp_path: Path) -> None:
     assert error("small maps", "native", tmp_path / "m.trim", groups=groups) < TOLERANCE[DType.F32]
 
 
-@pytest.mark.parametrize("names", [["batch"], ["width"], ["batch", "height"], ["height", "width"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["batch"], ["width"], ["batch", "height"], ["height", "width"], ["batch", "height", "width"]], ids=str
+)
 def test_a_convolution_of_any_size(names: list[str], tmp_path: Path) -> None:
     symbols = {name: symbol(name, 1, 64) for name in names}
     assert error("3x3", "native", tmp_path / "m.trim", **symbols) < TOLERANCE[DType.F32]
+
+
+def test_a_convolution_of_any_size_with_channels_second(tmp_path: Path) -> None:
+    b = Builder()
+    shape = (symbol("batch", 1, 64), 6, symbol("height", 1, 64), symbol("width", 1, 64))
+    x, weight = b.input("x", TensorType(DType.F32, shape)), torch.randn(10, 6, 3, 3) / 8
+    how: dict[str, Any] = {"stride": (1, 2), "padding": (1, 1), "dilation": (1, 1)}
+    b.output(b(Conv2d(x, b.weight("w", weight), **how)))
+    trimtab.compile(b.module, target="native", pipeline="", backend="tvm").save(tmp_path / "m.trim")
+    with trimtab.load(tmp_path / "m.trim") as session:
+        for sizes in ((2, 9, 21), (1, 1, 1), (3, 7, 2)):
+            image = torch.randn(sizes[0], 6, *sizes[1:])
+            exact = torch.nn.functional.conv2d(image.double(), weight.double(), **how)
+            found = torch.from_numpy(session(image.numpy())).double()
+            assert float((found - exact).abs().max()) < 2e-6 * float(exact.abs().max())

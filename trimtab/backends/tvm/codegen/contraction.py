@@ -24,7 +24,7 @@ from trimtab.backends.tvm.codegen.expression import (
     variables_of,
     visit_nodes,
 )
-from trimtab.backends.tvm.codegen.loops import flat_offset, index
+from trimtab.backends.tvm.codegen.loops import divide, flat_offset, index
 from trimtab.backends.tvm.codegen.program import Stage
 
 Axes = list[tuple[Any, Expr]]
@@ -132,9 +132,9 @@ class Flattener:
             values[self._wide[-1][0]] = flat
             return values
         for position, (axis, extent) in reversed(list(enumerate(self._wide))):
-            extent = as_index(extent)
-            values[axis] = tirx.floormod(flat, extent) if position else flat
-            flat = tirx.floordiv(flat, extent)
+            quotient, remainder = divide(flat, as_index(extent))
+            values[axis] = remainder if position else flat
+            flat = quotient
         return values
 
 

@@ -168,6 +168,17 @@ def floor_div(a: Expr | int, b: int) -> Expr:
     return index(value // b) if value is not None else tirx.floordiv(as_index(a), index(b))
 
 
+def divide(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """Quotient and remainder of two indices, ``b`` positive.
+
+    By an unknown ``b``, the division is the one that truncates, as neither is negative: TVM does not know that and takes
+    a let expression for the other one, on which its simplifier fails when it meets the same one in two branches.
+    """
+    if int_value(b) is None:
+        return tirx.Div(a, b), tirx.Mod(a, b)
+    return tirx.floordiv(a, b), tirx.floormod(a, b)
+
+
 def vectors(extent: Expr | int, lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
     """Apply ``body`` to every index below ``extent``, ``lanes`` at a time, as :func:`blocks` does."""
     return blocks(extent, lanes, lambda start, width: lanes_of(start, width, body))
