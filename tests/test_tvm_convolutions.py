@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,25 @@ def test_a_convolution(case: str, tmp_path: Path) -> None:
     assert error(case, "native", tmp_path / "m.trim") < TOLERANCE[DType.F32]
 
 
-@pytest.mark.parametrize("case", ["3x3", "stem", "patches", "deep"])
+@pytest.mark.parametrize("case", ["3x3", "3x3 over two", "stem", "patches", "dilated", "small maps", "deep"])
 def test_a_convolution_of_bfloat16(case: str, tmp_path: Path) -> None:
     assert error(case, "native", tmp_path / "m.trim", DType.BF16) < TOLERANCE[DType.BF16]
+
+
+@pytest.mark.parametrize("names", [["batch"], ["height", "width"]], ids=str)
+def test_a_convolution_of_bfloat16_of_any_size(names: list[str], tmp_path: Path) -> None:
+    symbols = {name: symbol(name, 1, 64) for name in names}
+    assert error("small maps", "native", tmp_path / "m.trim", DType.BF16, **symbols) < TOLERANCE[DType.BF16]
+
+
+@pytest.mark.parametrize(("case", "group"), [("3x3", 2), ("small maps", 2), ("stem", 1)])
+def test_tile_registers_are_used_where_rows_of_a_window_have_whole_steps(case: str, group: int) -> None:
+    from trimtab.backends.tvm.codegen import machine
+    from trimtab.backends.tvm.layouts import choose_layouts
+    from trimtab.backends.tvm.microkernels import AMX
+
+    module, _, _ = convolution(case, DType.BF16)
+    assert choose_layouts(module, replace(machine.AVX512, instruction_sets=(AMX,)))["w"].group == group
 
 
 @pytest.mark.parametrize("target", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])

@@ -213,7 +213,7 @@ def _taps(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
     outputs, inputs, _, across = (int(size) for size in weight.type.shape[-4:])  # type: ignore[arg-type]
     op: Any = readers[0].user
     together = inputs * (across if op.dilation[1] == 1 else 1)
-    if not any(op.padding) and (narrow := _narrow_product(weight, readers, machine, together)) is not None:
+    if (narrow := _narrow_product(weight, readers, machine, together)) is not None:
         return Layout("taps", *narrow)
     work = "float64" if weight.type.dtype.bits == 64 else "float32"
     line = op.result.type.shape[2]

@@ -171,8 +171,8 @@ def floor_div(a: Expr | int, b: int) -> Expr:
 def divide(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """Quotient and remainder of two indices, ``b`` positive.
 
-    By an unknown ``b``, the division is the one that truncates, as neither is negative: TVM does not know that and takes
-    a let expression for the other one, on which its simplifier fails when it meets the same one in two branches.
+    By an unknown ``b``, the division is the one that truncates, as neither is negative. TVM does not know that, and
+    turns the other one into a let expression, on which its simplifier fails when it meets it in two branches.
     """
     if int_value(b) is None:
         return tirx.Div(a, b), tirx.Mod(a, b)

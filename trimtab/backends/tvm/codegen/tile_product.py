@@ -14,7 +14,7 @@ from tvm import ir, tirx
 from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, accesses_of, has_only_loads_as_users
-from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, rounding, transposition
@@ -85,16 +85,24 @@ def product_kind(contraction: Contraction, packs_b: bool) -> str:
 
 
 def without_casts(factor: Expr) -> Expr:
-    """What a factor widens."""
+    """What a factor widens, in the form in which it lies in memory."""
     while isinstance(factor, tirx.Cast):
         factor = factor.value
-    return factor
+    return factor.args[0] if _is_bfloat16_of_bits(factor) else factor
 
 
 def _stored_type(factor: Expr) -> str:
     """Type of the elements in memory of a factor that is read and perhaps widened; ``""`` of any other."""
-    factor = without_casts(factor)
-    return str(factor.source.dtype) if isinstance(factor, ir.TensorLoad) else ""
+    while isinstance(factor, tirx.Cast):
+        factor = factor.value
+    stored = without_casts(factor)
+    return dtype_of(factor) if isinstance(stored, ir.TensorLoad) else ""
+
+
+def _is_bfloat16_of_bits(value: Expr) -> bool:
+    """Whether ``value`` is a bfloat16 whose bits are kept as an integer, as buffers inside of functions hold them."""
+    is_reinterpreted = isinstance(value, ir.Call) and getattr(value.op, "name", "") == "tirx.reinterpret"
+    return is_reinterpreted and dtype_of(value) == "bfloat16"
 
 
 def _as_words(values: list[Expr], call: Callable[[list[Expr]], Stmt]) -> Stmt:

@@ -39,7 +39,6 @@ class Windows:
         lines, pixels: the outer and the inner axes of the rows.
         pieces, inside: the outer and the inner axes of the depth.
         stride: elements from one row of a line to the next.
-        dtype: of the elements.
     """
 
     factor: Expr
@@ -48,7 +47,6 @@ class Windows:
     pieces: Flattener
     inside: Flattener
     stride: Expr
-    dtype: str
 
     @property
     def rows(self) -> Expr:
@@ -79,7 +77,7 @@ def find_windows(contraction: Contraction) -> Windows | None:
     stride = row_stride(lambda row, k: rewrite(factor, {**fixed, **pixels.at(row, True), **inside.at(k, True)}))
     if stride is None or variables_of(stride) & {axis for axis, _ in contraction.batch}:
         return None
-    return Windows(factor, lines, pixels, pieces, inside, stride, str(factor.source.dtype))
+    return Windows(factor, lines, pixels, pieces, inside, stride)
 
 
 def _split(axes: Axes, factor: Expr) -> tuple[Flattener, Flattener]:
