@@ -241,12 +241,16 @@ class _GraphEmitter:
 
         def sources(op: Op) -> list[Source | list[Source] | None]:
             # A tensor is passed once, but not to one op: TVM takes x - x for 0, which NaN and infinity are not.
-            known = list(leaves)
+            known, rule = list(leaves), rule_for(op)
+            broadcast = rule.broadcasts if rule is not None else ()
 
-            def source(value: Value) -> Source:
+            def source(field: str, value: Value) -> Source:
                 if value in made:
                     return made[value]
-                leaf = self._leaf(op, self.outside.get(value, value))
+                value = self.outside.get(value, value)
+                if field in broadcast and isinstance(value.producer, ops.Expand):
+                    value = self.outside.get(value.producer.x, value.producer.x)
+                leaf = self._leaf(op, value)
                 for number, other in enumerate(known):
                     if leaf.expr is not None and leaf.expr is other.expr and leaf.key == other.key:
                         return number
@@ -254,8 +258,12 @@ class _GraphEmitter:
                 return len(leaves) - 1
 
             return [
-                None if held is None else [source(v) for v in held] if isinstance(held, tuple) else source(held)
-                for _, held in op.arguments()
+                None
+                if held is None
+                else [source(field.name, value) for value in held]
+                if isinstance(held, tuple)
+                else source(field.name, held)
+                for field, held in op.arguments()
             ]
 
         return Kernel(members, leaves, [sources(op) for op in members], [made[value] for value in outputs], order)

@@ -48,6 +48,21 @@ def is_nonzero(x: Expr) -> Expr:
     return tirx.Or(tirx.NE(x, tirx.const(0, dtype)), is_nan(x))
 
 
+def sort_key(x: Expr) -> Expr:
+    """An integer that orders values as torch sorts them: NaN above everything, and both zeros equal."""
+    dtype = dtype_of(x)
+    if not is_float(dtype):
+        key = {"bool": "int32", "int8": "int32", "uint8": "int32", "int16": "int32", "uint16": "int32"}.get(dtype)
+        key = "int64" if dtype == "uint32" else key or dtype
+        return x if key == dtype else tirx.Cast(key, x)
+    integer, mask, infinity = _MAGNITUDE[dtype]
+    bits = tirx.reinterpret(integer, x)
+    magnitude = bits & tirx.const(mask, integer)
+    zero = tirx.const(0, integer)
+    signed = tirx.Select(bits < zero, zero - magnitude, magnitude)
+    return tirx.Select(magnitude > tirx.const(infinity, integer), tirx.max_value(integer), signed)
+
+
 def larger(x: Expr, y: Expr) -> Expr:
     """The larger of two values; NaN when either is."""
     if not is_float(dtype_of(x)):

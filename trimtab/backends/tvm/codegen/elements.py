@@ -17,6 +17,7 @@ from trimtab.backends.tvm.codegen.expression import (
     dtype_of,
     int_value,
     loads_of,
+    name_positions,
     product,
     rewrite,
     variables_of,
@@ -65,22 +66,39 @@ class ElementKernel:
         outer, inner = split_inner(self.stages, axes)
         lanes = min(lanes_for(stage, self.machine) for stage in self.stages)
         kind = loop_kind(self.stages, self.machine)
+        positions, stages = self._name_positions([axis for axis, _ in inner.axes])
         if not axes:
-            return self._element({})
+            return self._element(stages, {})
+
+        def element(row: dict[Any, Expr]) -> Callable[[Expr], Stmt]:
+            return lambda flat: self._element(stages, {**row, **inner.at(flat, linear=True)})
+
         if all(int_value(extent) == 1 for _, extent in outer):
             unit = {axis: index(0) for axis, _ in outer}
-            return self._flat(inner, lanes, kind, lambda flat: self._element({**unit, **inner.at(flat, linear=True)}))
+            return _with_positions(positions, unit, lambda row: self._flat(inner, lanes, kind, element(row)))
+
         rows = Flattener(outer)
 
-        def row(flat: Expr) -> Stmt:
-            def columns(bound: dict[Any, Expr]) -> Stmt:
-                return vectors(inner.extent, lanes, lambda f: self._element({**bound, **inner.at(f, linear=True)}))
+        def at_row(axes: dict[Any, Expr]) -> Stmt:
+            return _with_positions(positions, axes, lambda row: vectors(inner.extent, lanes, element(row)))
 
-            return bind_all(rows.at(flat, linear=False), columns)
+        return loop(rows.extent, lambda flat: bind_all(rows.at(flat, linear=False), at_row), kind, "row")
 
-        return loop(rows.extent, row, kind, "row")
+    def _name_positions(self, inner: Sequence[Any]) -> tuple[list[tuple[Any, Expr]], list[Stage]]:
+        """Positions that all elements of a row read, and the stages that use them by name."""
+        written = [stage.buffer for stage in self.stages]
+        positions: list[tuple[Any, Expr]] = []
+        stages = []
+        for stage in self.stages:
+            found, value = name_positions(stage.value, inner)
+            # What a stage of this kernel computes is not there yet when the row begins.
+            if any(load.source.same_as(b) for _, position in found for load in loads_of(position) for b in written):
+                found, value = [], stage.value
+            positions += found
+            stages.append(Stage(stage.name, stage.buffer, stage.axes, stage.extents, value))
+        return positions, stages
 
-    def _element(self, point: dict[Any, Expr]) -> Stmt:
+    def _element(self, stages: Sequence[Stage], point: dict[Any, Expr]) -> Stmt:
         """All stages at one point. A vectorised loop around it gives local buffers an element per lane."""
         small = {buffer: tirx.decl_buffer([index(1)], str(buffer.dtype), name=buffer.name) for buffer in self.local}
 
@@ -93,7 +111,7 @@ class ElementKernel:
                 return sequence(tirx.AllocBuffer(small[stage.buffer]), store(small[stage.buffer], [index(0)], value))
             return store(stage.buffer, [point[axis] for axis in stage.axes], value)
 
-        return sequence(*map(write, self.stages))
+        return sequence(*map(write, stages))
 
     def _flat(self, inner: Flattener, lanes: int, kind: str, element: Callable[[Expr], Stmt]) -> Stmt:
         width = lanes * UNROLL
@@ -114,6 +132,16 @@ class ElementKernel:
         if known is not None:
             return main
         return tirx.IfThenElse(total >= index(width), main, vectors(total, lanes, element))
+
+
+def _with_positions(
+    positions: Sequence[tuple[Any, Expr]], row: dict[Any, Expr], body: Callable[[dict[Any, Expr]], Stmt]
+) -> Stmt:
+    """``body`` after the positions that hold for the row have been computed one after the other."""
+    if not positions:
+        return body(row)
+    (var, value), *others = positions
+    return bind(rewrite(value, row), lambda known: _with_positions(others, {**row, var: known}, body), "position")
 
 
 def _with_axes(stage: Stage, axes: Sequence[Any]) -> Stage:

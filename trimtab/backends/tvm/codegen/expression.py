@@ -203,3 +203,40 @@ def hoist_lets(expr: Expr) -> tuple[list[tuple[Any, Expr]], Expr]:
 
     result = strip(expr)
     return bindings, result
+
+
+def name_positions(expr: Expr, varying: Iterable[Any]) -> tuple[list[tuple[Any, Expr]], Expr]:
+    """Positions that ``expr`` reads from memory and that do not depend on ``varying`` variables, each given a name.
+
+    Returns the bindings in order, and the expression that uses them. What a gather reads is the same along a row: with
+    a name it is loaded and clamped once a row instead of once an element.
+    """
+    moving, outer, inner = set(varying), [], []
+
+    def is_position(value: Expr) -> bool:
+        return (
+            dtype_of(value).startswith(("int", "uint")) and bool(loads_of(value)) and not variables_of(value) & moving
+        )
+
+    def named(value: Expr) -> Expr:
+        if not is_position(value):
+            return value
+        var = tirx.Var("position", value.ty)
+        outer.append((var, value))
+        return var
+
+    def with_names(value: Expr) -> Expr:
+        return rewrite(value, load=lambda buffer, indices: tirx.BufferLoad(buffer, [named(i) for i in indices]))
+
+    lets, plain = hoist_lets(expr)
+    for var, value in lets:
+        bound = with_names(value)
+        if is_position(bound):
+            outer.append((var, bound))
+        else:
+            inner.append((var, bound))
+            moving.add(var)
+    result = with_names(plain)
+    for var, value in reversed(inner):
+        result = tirx.Let(var, value, result)
+    return outer, result

@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
-from trimtab.backends.tvm.codegen.expression import Expr, as_index, hoist_lets, int_value, rewrite
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, hoist_lets, int_value, product, rewrite
 from trimtab.backends.tvm.codegen.vector_rounding import divide_at_roundings, rounds
 from trimtab.backends.tvm.microkernels import ROUNDED_TOGETHER
 
@@ -66,6 +66,19 @@ def _vector_operations(body: Stmt, lane: Expr, width: Expr | int) -> list[Stmt]:
         return [every_lane(statements)]
     allocations, parts = divide_at_roundings(statements, lane, lanes)
     return [*allocations, *(every_lane(part) if isinstance(part, list) else part for part in parts)]
+
+
+def parallel_nest(extents: Sequence[Expr], body: Callable[[list[Expr]], Stmt], kind: str = "parallel") -> Stmt:
+    """One loop over all the axes of ``extents``."""
+
+    def task(flat: Expr) -> Stmt:
+        places: list[Expr] = []
+        for extent in reversed(extents[1:]):
+            places.insert(0, tirx.floormod(flat, as_index(extent)))
+            flat = tirx.floordiv(flat, as_index(extent))
+        return body([flat, *places] if extents else [])
+
+    return loop(product(extents), task, kind, "task")
 
 
 def _widen_temporaries(body: Stmt, lane: Expr, width: Expr | int) -> tuple[list[Stmt], Stmt]:
@@ -212,6 +225,22 @@ def blocks(extent: Expr | int, width: int, body: Callable[[Expr, int], Stmt]) ->
         name="block",
     )
     return tirx.IfThenElse(extent >= index(width), overlapped, loop(extent, lambda i: body(i, 1), name="element"))
+
+
+def disjoint_vectors(extent: Expr | int, lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
+    """Apply ``body`` to every index below ``extent`` exactly once, as bodies that add to what is there need it."""
+    full = floor_div(extent, lanes)
+    main = loop(full, lambda i: lanes_of(i * index(lanes), lanes, body), name="block")
+    known = int_value(extent)
+    if known is None:
+        done = full * index(lanes)
+        return sequence(main, loop(as_index(extent) - done, lambda i: body(done + i), name="element"))
+    parts, start = [main], known - known % lanes
+    while start < known:
+        width = 1 << ((known - start).bit_length() - 1)
+        parts.append(lanes_of(index(start), width, body))
+        start += width
+    return sequence(*parts)
 
 
 def flat_offset(shape: Sequence[Expr], indices: Sequence[Expr]) -> Expr:

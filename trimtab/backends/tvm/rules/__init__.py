@@ -18,6 +18,7 @@ from trimtab.backends.tvm.rules import (  # noqa: F401  imported for their regis
     reduction,
     resize,
     rotary,
+    scattering,
     sorting,
 )
 from trimtab.backends.tvm.rules.registry import Rule, rule_for

@@ -116,9 +116,14 @@ def _arg_extremum(op: Any, scope: Scope, x: Operand) -> Any:
         found = eq(value, winner)
         if is_float(x.dtype):
             found = tirx.Or(found, is_nan(value))
-        return tirx.Select(found, indices[op.dim], tirx.max_value("int64"))
+        return tirx.Select(found, cast(indices[op.dim], index), tirx.max_value(index))
 
-    return reduce(x.shape, (op.dim,), op.keepdim, "min", position, op.name)
+    # A vector holds twice as many positions of 32 bits.
+    size = op.x.type.shape[op.dim]
+    index = "int32" if isinstance(size, int) and size < 1 << 31 else "int64"
+    first = reduce(x.shape, (op.dim,), op.keepdim, "min", position, op.name)
+    shape = scope.shape(op.result.type.shape)
+    return first if index == "int64" else compute(shape, lambda *i: tirx.Cast("int64", first(*i)), "position")
 
 
 @lowers(ops.Softmax, ops.LogSoftmax)

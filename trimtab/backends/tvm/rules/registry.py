@@ -187,12 +187,15 @@ class Rule:
         check: returns why this very op cannot be lowered, or "".
         loops: whether the function writes loops itself.
         absorbs_permute: whether operands may be read through a permutation or slice instead of being copied first.
+        broadcasts: names of operands that are read by :meth:`Operand.broadcast`, so that what they were expanded from
+            serves as well.
     """
 
     function: RuleFunction
     check: Callable[[Any], str] = field(default=lambda op: "")
     loops: bool = False
     absorbs_permute: bool = False
+    broadcasts: tuple[str, ...] = ()
 
 
 _RULES: dict[type[Op], Rule] = {}
@@ -206,25 +209,29 @@ def lowers(
     *classes: type[Op],
     check: Callable[[Any], str] = _supported,
     absorbs_permute: bool = False,
+    broadcasts: tuple[str, ...] = (),
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule that makes TE tensors."""
 
     def register(function: RuleFunction) -> RuleFunction:
         for cls in classes:
-            _RULES[cls] = Rule(function, check, absorbs_permute=absorbs_permute)
+            _RULES[cls] = Rule(function, check, absorbs_permute=absorbs_permute, broadcasts=broadcasts)
         return function
 
     return register
 
 
 def loops_for(
-    *classes: type[Op], check: Callable[[Any], str] = _supported, absorbs_permute: bool = False
+    *classes: type[Op],
+    check: Callable[[Any], str] = _supported,
+    absorbs_permute: bool = False,
+    broadcasts: tuple[str, ...] = (),
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule that writes loops, for algorithms that are loops by nature (attention, scans, sorting)."""
 
     def register(function: RuleFunction) -> RuleFunction:
         for cls in classes:
-            _RULES[cls] = Rule(function, check, loops=True, absorbs_permute=absorbs_permute)
+            _RULES[cls] = Rule(function, check, loops=True, absorbs_permute=absorbs_permute, broadcasts=broadcasts)
         return function
 
     return register
