@@ -48,7 +48,6 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "embedding": lambda x, i, u, s: nn.functional.embedding(i, x[0]),
     "scatter": lambda x, i, u, s: x.scatter(1, _rows(i, x), u),
     "scatter-add": lambda x, i, u, s: x.scatter_add(1, _rows(i, x), u),
-    "index-put": lambda x, i, u, s: x.index_put(_in_batch(i), u),
     "index-put-add": lambda x, i, u, s: x.index_put(_in_batch(i), u, accumulate=True),
     "cumsum": lambda x, i, u, s: x.cumsum(1),
     "topk": lambda x, i, u, s: s.topk(s.shape[1] // 2),
@@ -63,7 +62,7 @@ def moved(case: str, batch: int, tokens: int, channels: int) -> int:
     return {
         "gather": 2 * half, "gather-add": 3 * half, "gather-twice": 4 * half, "index": 2 * half,
         "index-select": 2 * half, "embedding": 2 * half, "scatter": 2 * whole, "scatter-add": 2 * whole + half,
-        "index-put": 2 * whole, "index-put-add": 2 * whole + half, "cumsum": 2 * whole,
+        "index-put-add": 2 * whole + half, "cumsum": 2 * whole,
     }.get(case, 0)  # fmt: skip
 
 
