@@ -91,7 +91,7 @@ def measure(case: str, shape: tuple[int, int, int], threads: int) -> float:
         trimtab.compile(module, target="native", threads=threads).save(path)
         with trimtab.load(path, threads=threads) as session:
             profile = session.profile(*(value.numpy() for value in inputs), repeat=50)
-    return sum(event.seconds for event in profile.events if not event.name.startswith("vm."))
+    return sum(event.seconds for event in profile.events if not event.name.startswith(("vm.", "runtime.")))
 
 
 def copy_rate(size: int, threads: int) -> float:
