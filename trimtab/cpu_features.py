@@ -76,6 +76,7 @@ _X86_NAMES = {
     "3dnowprefetch": "prfchw",
 }
 _ARM_NAMES = {
+    "fp": "fp-armv8",
     "asimd": "neon",
     "asimdhp": "fullfp16",
     "asimddp": "dotprod",
@@ -151,7 +152,8 @@ def _riscv_features(isa: str) -> frozenset[str]:
     single, *multi = isa.lower().split("_")
     letters = re.sub(r"^rv\d+", "", single)
     expanded = letters.replace("g", "imafd")
-    return frozenset(expanded) | frozenset(multi)
+    implied = {"zvl128b"} if "v" in expanded else set()  # the extension V has registers of at least 128 bits
+    return frozenset(expanded) | frozenset(multi) | implied
 
 
 @cache
@@ -201,7 +203,7 @@ def _macos_features(architecture: str) -> frozenset[str] | None:
         return None
     if architecture == "aarch64":
         present = {line.rsplit(":", 1)[0].rsplit(".", 1)[-1] for line in text.splitlines() if line.endswith(": 1")}
-        return frozenset(_MACOS_ARM_NAMES[name] for name in present & set(_MACOS_ARM_NAMES)) | {"neon"}
+        return frozenset(_MACOS_ARM_NAMES[name] for name in present & set(_MACOS_ARM_NAMES)) | {"neon", "fp-armv8"}
     flags = re.findall(r"machdep\.cpu\.(?:leaf7_|ext)?features: (.*)", text)
     if not flags:
         return None

@@ -18,6 +18,7 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -76,6 +77,22 @@ inline ffi::Tensor Borrow(const void* data, const std::vector<int64_t>& shape, c
   if (reinterpret_cast<uintptr_t>(data) % 64 != 0) throw std::runtime_error("a tensor is not 64-byte aligned");
   return ffi::Tensor::FromNDAlloc(Memory{data}, ffi::Shape(shape), DataType(dtype), DLDevice{kDLCPU, 0});
 }
+
+// Row-major input data in memory of its own, aligned as generated code assumes.
+class AlignedCopy {
+ public:
+  AlignedCopy(std::string_view data, const std::vector<int64_t>& shape, const std::string& dtype)
+      : bytes_(data.size() + 64) {
+    char* start = bytes_.data() + (64 - reinterpret_cast<uintptr_t>(bytes_.data()) % 64) % 64;
+    std::memcpy(start, data.data(), data.size());
+    tensor_ = Borrow(start, shape, dtype);
+  }
+  const ffi::Tensor& tensor() const { return tensor_; }
+
+ private:
+  std::vector<char> bytes_;
+  ffi::Tensor tensor_;
+};
 
 class Model {
  public:

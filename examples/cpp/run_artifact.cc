@@ -11,26 +11,11 @@
 #include <limits>
 
 #include "model.h"
-#include "npy_reader.h"
+#include "npy.h"
 
 namespace {
 
 namespace ffi = tvm::ffi;
-
-// Row-major input data in memory of its own, aligned as generated code assumes.
-class AlignedCopy {
- public:
-  AlignedCopy(const trim::NpyArray& array, const std::string& dtype) : bytes_(array.data.size() + 64) {
-    char* start = bytes_.data() + (64 - reinterpret_cast<uintptr_t>(bytes_.data()) % 64) % 64;
-    std::memcpy(start, array.data.data(), array.data.size());
-    tensor_ = trim::Borrow(start, array.shape, dtype);
-  }
-  const ffi::Tensor& tensor() const { return tensor_; }
-
- private:
-  std::vector<char> bytes_;
-  ffi::Tensor tensor_;
-};
 
 template <typename T>
 double Load(const char* data, size_t index) {
@@ -100,11 +85,11 @@ bool Run(const std::string& path, int repetitions) {
   bool passed = true;
   for (int sample = 0; samples.Has(std::to_string(sample) + "/output/0.npy"); ++sample) {
     const std::string prefix = std::to_string(sample);
-    std::vector<AlignedCopy> memory;
+    std::vector<trim::AlignedCopy> memory;
     std::vector<ffi::Tensor> tensors;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const auto array = trim::ReadNpy(samples.Get(prefix + "/input/" + std::to_string(i) + ".npy"));
-      memory.emplace_back(array, trim::Text(trim::Field(inputs[i], "dtype")));
+      memory.emplace_back(array.data, array.shape, trim::Text(trim::Field(inputs[i], "dtype")));
       tensors.push_back(memory.back().tensor());
     }
     const std::vector<ffi::Tensor> results = model(tensors);

@@ -45,8 +45,9 @@ _TARGETS = (
     CpuTarget("x86-64-v3", LINUX_X86, "x86-64-v3", X86_64_V3),
     CpuTarget("x86-64-v4", LINUX_X86, "x86-64-v4", X86_64_V4),
     CpuTarget("aarch64", LINUX_ARM, "generic", _ARMV8),
-    CpuTarget("armv8.2-a", LINUX_ARM, "cortex-a76", _ARMV82),
-    CpuTarget("armv8.6-a", LINUX_ARM, "neoverse-v1", _ARMV86),
+    # Not the name of a core: LLVM would use what that core has beyond these features, such as SVE, unchecked.
+    CpuTarget("armv8.2-a", LINUX_ARM, "generic", _ARMV82),
+    CpuTarget("armv8.6-a", LINUX_ARM, "generic", _ARMV86),
     CpuTarget("riscv64", LINUX_RISCV, "generic-rv64", _RV64GC, abi="lp64d"),
     CpuTarget("riscv64-v", LINUX_RISCV, "generic-rv64", (*_RV64GC, "v", "zvl128b"), abi="lp64d"),
 )

@@ -128,7 +128,7 @@ class IreeFunction:
         """New output arrays for inputs given with their element types; ``bf16`` is ``uint16`` outside."""
         made = self._function(*(_inward(dtype, array) for dtype, array in inputs))
         outputs = made if isinstance(made, tuple | list) else [made]
-        return [_outward(dtype, np.array(o.to_host())) for dtype, o in zip(self._dtypes, outputs, strict=True)]
+        return [_outward(dtype, _to_host(o)) for dtype, o in zip(self._dtypes, outputs, strict=True)]
 
 
 def _inward(dtype: str, array: Array) -> Array:
@@ -137,6 +137,33 @@ def _inward(dtype: str, array: Array) -> Array:
 
         return array.view(ml_dtypes.bfloat16)
     return array
+
+
+def _to_host(result: Any) -> Array:
+    """A copy of what the device computed."""
+    try:
+        return np.array(result.to_host())
+    except ValueError:
+        # IREE 3.13 asks Vulkan to write into an array, which must start at a page: go through memory of the device's.
+        return np.array(_staged(result).to_host())
+
+
+def _staged(result: Any) -> Any:
+    """A device array whose memory this process can map, with the elements of ``result``."""
+    from iree import runtime
+
+    view, device = result._buffer_view, result._device
+    source = view.get_buffer()
+    copy = device.allocator.allocate_buffer(
+        memory_type=int(runtime.MemoryType.HOST_LOCAL | runtime.MemoryType.DEVICE_VISIBLE),
+        allowed_usage=int(runtime.BufferUsage.TRANSFER_TARGET | runtime.BufferUsage.MAPPING_SCOPED),
+        allocation_size=source.byte_length(),
+    )
+    done = device.create_semaphore(0)
+    before, after = (runtime.HalFence.create_at(done, value) for value in (0, 1))
+    device.queue_copy(source, copy, wait_semaphores=before, signal_semaphores=after)
+    after.wait()
+    return runtime.DeviceArray(device, runtime.HalBufferView(copy, tuple(view.shape), view.element_type))
 
 
 def _outward(dtype: str, array: Array) -> Array:

@@ -40,9 +40,13 @@ class ModelCode(Protocol):
 _LOADERS = {"tvm": "trimtab.runtime.tvm_code", "mlir": "trimtab.runtime.iree_code"}
 """For each backend whose code can run, the module whose ``load_code`` loads it."""
 
+_PROCESSOR, _INTERPRETED = "local-task", "vmvx"  # the driver of processors; code for none, which it interprets
+
 
 def select_variant(variants: Sequence[CodeVariant], source: str) -> CodeVariant:
     """The variant for this machine; of several, the first of those that need the most CPU features.
+
+    Code for this machine's processor comes before code for a device beside it, whose driver is looked for at loading.
 
     Raises:
         ArtifactError: none fits: wrong architecture or operating system, missing CPU features, unknown backend.
@@ -50,6 +54,7 @@ def select_variant(variants: Sequence[CodeVariant], source: str) -> CodeVariant:
     architecture, system = host_architecture(), host_system()
     here = [v for v in variants if split_triple(v.target)[0] == architecture]
     here = [v for v in here if split_triple(v.target)[1] in (None, system)]
+    here = here or [v for v in variants if v.driver not in ("", _PROCESSOR) or v.target == _INTERPRETED]
     if not here:
         raise ArtifactError(
             "the artifact has no code for this machine",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trimtab.backends.cpu_targets import CPU_TARGETS, CpuTarget, baseline, native
+from trimtab.backends.cpu_targets import CPU_TARGETS, LINUX_RISCV, CpuTarget, baseline, native
 from trimtab.errors import UsageError
 
 
@@ -45,6 +45,8 @@ def _processor(cpu: CpuTarget) -> TargetSpec:
         f"--iree-llvmcpu-target-cpu={cpu.cpu}",
         f"--iree-llvmcpu-target-cpu-features={','.join('+' + feature for feature in cpu.features)}",
     ]
+    if cpu.triple == LINUX_RISCV and "v" not in cpu.features:
+        flags.append("--iree-llvmcpu-target-vector-width-in-bytes=4")  # else vectors that it lacks are unrolled
     if cpu.abi:
         flags.append(f"--iree-llvmcpu-target-abi={cpu.abi}")
     return TargetSpec(cpu.name, cpu.triple, tuple(flags), cpu.features, preferred=_DATA_TILING)

@@ -63,7 +63,8 @@ _ARM_LINKERS = ("aarch64-linux-gnu-gcc",)
 
 def _spec(name: str, machine: Machine, compiler: tuple[str, ...] = HOST_LINKERS) -> TargetSpec:
     cpu = CPU_TARGETS[name]
-    return TargetSpec(name, cpu.triple, cpu.cpu, cpu.features, machine, compiler)
+    extra = {"mattr": [f"+{feature}" for feature in cpu.features]} if cpu.cpu == "generic" else {}
+    return TargetSpec(name, cpu.triple, cpu.cpu, cpu.features, machine, compiler, extra)
 
 
 TARGETS = {

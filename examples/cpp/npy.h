@@ -1,4 +1,4 @@
-// Reads the header of a .npy array: dtype, shape, and where the data is.
+// The header of a .npy array: dtype, shape, and where the data is.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +48,25 @@ inline NpyArray ReadNpy(std::string_view bytes) {
   for (const int64_t extent : array.shape) expected *= extent;
   if (expected != array.data.size()) throw std::runtime_error("a .npy array is truncated, or of an unusual dtype");
   return array;
+}
+
+// How numpy writes a dtype of a manifest, such as "<f4" for f32; bf16 is kept as its bits.
+inline std::string NpyType(const std::string& dtype) {
+  if (dtype == "bool") return "|b1";
+  if (dtype == "bf16") return "<u2";
+  const int bytes = std::stoi(dtype.substr(1)) / 8;
+  return (bytes == 1 ? "|" : "<") + dtype.substr(0, 1) + std::to_string(bytes);
+}
+
+// What comes before the data of a row-major array in a .npy file.
+inline std::string NpyHeader(const std::string& npy_type, const std::vector<int64_t>& shape) {
+  std::string text = "{'descr': '" + npy_type + "', 'fortran_order': False, 'shape': (";
+  for (const int64_t extent : shape) text += std::to_string(extent) + ",";
+  text += "), }";
+  text.resize((10 + text.size()) / 64 * 64 + 53, ' ');  // the data starts at a multiple of 64
+  text += '\n';
+  const char size[] = {static_cast<char>(text.size() & 255), static_cast<char>(text.size() >> 8)};
+  return std::string("\x93NUMPY\x01\x00", 8) + std::string(size, 2) + text;
 }
 
 }  // namespace trim
