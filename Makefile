@@ -7,14 +7,15 @@ STAMP := $(VENV)/.installed
 # Worker processes of the test suite; each uses one thread (tests/conftest.py).
 WORKERS ?= 2
 
-.PHONY: help setup browser peers lint types test demo clean
+.PHONY: help setup browser peers emulator vulkan lint types test demo clean
 
 help:
 	@echo "make setup   build $(VENV) with everything needed to develop (does nothing when it is up to date)"
 	@echo "make test    setup, then lint, types and the whole test suite"
 	@echo "make browser setup, then a Chromium for the tests of the report page, which are skipped where there is none"
 	@echo "make peers   setup, then the runtimes that benchmarks/cpu_peers.py compares with"
-	@echo "make emulator QEMU and a cross compiler for the tests of code for Arm, which are skipped where there are none"
+	@echo "make emulator setup, then what runs code for Arm in QEMU; make vulkan: a software driver for Vulkan. Without"
+	@echo "             them the tests of such code are skipped"
 	@echo "make demo    setup, then train, compile and run a small model"
 	@echo "make lint    ruff;  make types  mypy;  make clean  remove $(VENV), caches and build output"
 
@@ -43,11 +44,19 @@ browser: setup
 peers: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[peers]"
 
-emulator:
-	@{ command -v qemu-aarch64-static && command -v aarch64-linux-gnu-gcc; } > /dev/null || \
+# QEMU and a cross compiler of Debian's, and the runtimes of TVM and IREE for AArch64.
+emulator: setup
+	@{ command -v qemu-aarch64-static && command -v aarch64-linux-gnu-g++; } > /dev/null || \
 	    { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
-	      apt-get install -y -qq --no-install-recommends qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
+	      apt-get install -y -qq --no-install-recommends qemu-user-static g++-aarch64-linux-gnu libc6-dev-arm64-cross \
 	          > /dev/null; }
+	@$(BIN)/python benchmarks/emulated.py
+
+# A Vulkan driver that needs no GPU.
+vulkan:
+	@ls /usr/share/vulkan/icd.d/*.json > /dev/null 2>&1 || \
+	    { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
+	      apt-get install -y -qq --no-install-recommends mesa-vulkan-drivers libvulkan1 > /dev/null; }
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
 
 Three things take part: QEMU and a cross compiler, of the distribution (:func:`missing_tools`); the runtimes of TVM and
 IREE for AArch64, which are in the Python packages for that architecture and are unpacked beside the installed ones by
-``python benchmarks/emulated.py`` (:func:`missing_runtime`); and, for code of TVM, the program ``examples/cpp/call_model``.
+``python benchmarks/emulated.py`` (:func:`missing_runtime`); and, for code of TVM, the program
+``examples/cpp/call_model``.  Models compute with one thread: QEMU pays for threads that wait for one another.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.cpu_features import host_architecture, split_triple
 from trimtab.runtime.container import ArtifactReader
 from trimtab.runtime.iree_code import PARAMETER_SCOPE
-from trimtab.runtime.manifest import WEIGHTS_ENTRY
-from trimtab.tensor_file import STORAGE_TYPES
+from trimtab.runtime.variants import variant_weights
+from trimtab.tensor_file import STORAGE_TYPES, TensorSource, write_tensors
 
 C_COMPILER, CXX_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 
@@ -39,9 +41,19 @@ RUNTIMES = {"tvm": ("apache-tvm-ffi", "apache-tvm"), "mlir": ("iree-base-runtime
 
 _FOLDER = Path(sys.prefix) / "aarch64"
 _PLATFORM = "manylinux_2_28_aarch64"
-_WANTED = ("tvm_ffi/include/", "tvm_ffi/lib/libtvm_ffi.so", "tvm/lib/libtvm_runtime.so", "iree/_runtime_libs/iree-run-module")
+_WANTED = (
+    "tvm_ffi/include/",
+    "tvm_ffi/lib/libtvm_ffi.so",
+    "tvm/lib/libtvm_runtime.so",
+    "iree/_runtime_libs/iree-run-module",
+)
 _EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cpp"
 _SECONDS = 300
+
+
+def is_emulated(target: str) -> bool:
+    """Whether code for a target runs on this machine in QEMU only."""
+    return target in PROCESSORS and host_architecture() != "aarch64"
 
 
 def missing_tools(*tools: str) -> str:
@@ -52,32 +64,42 @@ def missing_tools(*tools: str) -> str:
 
 def missing_runtime(backend: str) -> str:
     """Why a backend's code for AArch64 cannot be run here, in words; empty when it can."""
-    absent = [name for name in RUNTIMES[backend] if not _package(name).is_dir()]
+    absent = [name for name in RUNTIMES[backend] if _version(name) is None or not _package(name).is_dir()]
     return missing_tools() or (f"no AArch64 libraries of {', '.join(absent)} (make emulator)" if absent else "")
 
 
 def fetch_runtimes() -> None:
-    """Download the packages for AArch64 with pip and unpack what runs code.
+    """Download the packages that are installed here for AArch64 too, with pip, and unpack what runs code.
 
     Raises:
         CalledProcessError: pip found no such package, or no network.
     """
-    for name in {name for packages in RUNTIMES.values() for name in packages if not _package(name).is_dir()}:
+    installed = [name for packages in RUNTIMES.values() for name in packages if _version(name) is not None]
+    for name in [name for name in installed if not _package(name).is_dir()]:
         with tempfile.TemporaryDirectory() as scratch:
-            wanted = f"{name}=={importlib.metadata.version(name)}"
+            wanted = f"{name}=={_version(name)}"
             options = ["--quiet", "--no-deps", "--only-binary=:all:", "--platform", _PLATFORM, "--dest", scratch]
             subprocess.run([sys.executable, "-m", "pip", "download", *options, wanted], check=True, timeout=600)
             (wheel,) = Path(scratch).glob("*.whl")
             unpacked = Path(scratch) / "unpacked"
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unpacked, [entry for entry in archive.namelist() if entry.startswith(_WANTED)])
+            for program in unpacked.rglob("iree-run-module"):
+                program.chmod(0o755)
             _package(name).parent.mkdir(exist_ok=True)
             shutil.move(unpacked, _package(name))
-    (_package("iree-base-runtime") / "iree/_runtime_libs/iree-run-module").chmod(0o755)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _package(name: str) -> Path:
-    return _FOLDER / f"{name}-{importlib.metadata.version(name)}"
+    """Where what was unpacked of a package's present version lies."""
+    return _FOLDER / f"{name}-{_version(name)}"
 
 
 @functools.cache
@@ -99,8 +121,8 @@ def run(program: str | Path, *arguments: str | Path, processor: str = "max", std
     Raises:
         RuntimeError: it failed; with its last words.
     """
-    paths = ["-E", f"LD_LIBRARY_PATH={os.pathsep.join(map(str, libraries))}"] if libraries else []
-    command = [EMULATOR, "-cpu", processor, "-L", sysroot(), *paths, str(program), *map(str, arguments)]
+    variables = ["-E", f"LD_LIBRARY_PATH={os.pathsep.join(map(str, libraries))}", "-E", "TVM_NUM_THREADS=1"]
+    command = [EMULATOR, "-cpu", processor, "-L", sysroot(), *variables, str(program), *map(str, arguments)]
     done = subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=_SECONDS)
     if done.returncode != 0:
         words = (done.stderr or done.stdout).decode(errors="replace").strip()[-600:]
@@ -121,10 +143,21 @@ class EmulatedModel:
         self._folder = tempfile.TemporaryDirectory(prefix="trimtab-emulated-")
         reader = ArtifactReader(path)
         self._outputs = [STORAGE_TYPES[spec.dtype].numpy_dtype for spec in reader.manifest.outputs]
-        (self._variant,) = reader.manifest.variants
+        self._variant = next(v for v in reader.manifest.variants if split_triple(v.target)[0] == "aarch64")
         if self._variant.backend == "mlir":
-            for name, entry in (("code.vmfb", self._variant.library), ("weights.safetensors", WEIGHTS_ENTRY)):
-                self._file(name).write_bytes(reader.view(entry))
+            self._file("code.vmfb").write_bytes(reader.view(self._variant.library))
+            stored, names = reader.weights(), variant_weights(reader, self._variant)
+            keys = zip(self._variant.parameters or names, (stored[name] for name in names), strict=True)
+            write_tensors(
+                self._file("weights.safetensors"),
+                {key: TensorSource(weight.dtype, weight.shape, weight.array) for key, weight in keys},
+            )
+
+    def __enter__(self) -> EmulatedModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._folder.cleanup()
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """New output arrays; ``bf16`` as the ``uint16`` of its bits.
@@ -141,12 +174,14 @@ class EmulatedModel:
         return [np.load(file).view(dtype) for file, dtype in zip(made, self._outputs, strict=True)]
 
     def _call_tvm(self, given: Sequence[Path], made: Sequence[Path]) -> None:
-        folders = [_package(name) / package / "lib" for name, package in zip(RUNTIMES["tvm"], ("tvm_ffi", "tvm"))]
+        folders = [
+            _package(name) / package / "lib" for name, package in zip(RUNTIMES["tvm"], ("tvm_ffi", "tvm"), strict=True)
+        ]
         run(call_model(), self._path, *given, *made, processor=self._processor, libraries=folders)
 
     def _call_iree(self, given: Sequence[Path], made: Sequence[Path]) -> None:
         program = _package("iree-base-runtime") / "iree/_runtime_libs/iree-run-module"
-        arguments = ["--device=local-task", "--task_topology_group_count=2", f"--module={self._file('code.vmfb')}",
+        arguments = ["--device=local-task", "--task_topology_group_count=1", f"--module={self._file('code.vmfb')}",
                      f"--function={self._variant.entry}",
                      f"--parameters={PARAMETER_SCOPE}={self._file('weights.safetensors')}",
                      *(f"--input=@{file}" for file in given), *(f"--output=@{file}" for file in made)]  # fmt: skip

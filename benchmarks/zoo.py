@@ -6,7 +6,8 @@
 For each model and door: import, verify, print and parse back, then compare with eager PyTorch at several sizes:
 the interpreter within 1e-5 (float32) and 1e-10 (float64, torch door), the compiled code within 1e-4 of the
 interpreter, all relative to the largest element.  A row's outcome is ``passed``, ``refused`` (an error in words) or
-``wrong`` (a disagreement, or an exception that is not one of Trimtab's).
+``wrong`` (a disagreement, or an exception that is not one of Trimtab's).  Code for ``aarch64``, ``armv8.2-a`` and
+``armv8.6-a`` runs in QEMU, see ``emulated.py``; code for ``vulkan-spirv`` needs a Vulkan driver; software will do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from emulated import EmulatedModel, is_emulated
 from producers import Source, write_dynamo
 from trimtab import Module, TrimtabError, compile, from_onnx, interpret, load, trace
 from trimtab.compiler import BACKENDS
@@ -193,7 +195,7 @@ def _compare_interpreter(
 def _compare_compiled(module: Module, entry: ZooModel, folder: Path, backend: str, target: str) -> float:
     worst = 0.0
     artifact = compile(module, target=target, backend=backend).save(folder / "model.trim")
-    with load(artifact) as session:
+    with EmulatedModel(artifact, target) if is_emulated(target) else load(artifact) as session:
         for batch, length in _sizes(entry):
             inputs = list(entry.inputs(batch, length).values())
             result = session(*(tensor.numpy() for tensor in inputs))

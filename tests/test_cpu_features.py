@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trimtab import cpu_features as cpu
+from trimtab.backends.cpu_targets import CPU_TARGETS, LINUX_ARM, LINUX_RISCV
 
 V3 = "fpu sse sse2 pni ssse3 cx16 sse4_1 sse4_2 movbe popcnt xsave avx f16c lahf_lm abm bmi1 avx2 bmi2 fma"
 X86 = f"processor : 0\nflags\t\t: {V3} avx512_vnni\n\nprocessor : 1\nflags\t\t: {V3}\n"
@@ -33,6 +34,18 @@ def test_riscv_features() -> None:
     features = cpu.parse_cpuinfo("isa : rv64gcv_zba_zbb\n", "riscv64")
     assert features is not None
     assert features >= {"i", "m", "a", "f", "d", "c", "v", "zba", "zbb"}
+
+
+def test_linux_names_all_that_portable_targets_need() -> None:
+    """Else their code would be refused on every machine."""
+    told = {
+        LINUX_ARM: "Features : fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm asimddp i8mm bf16",
+        LINUX_RISCV: "isa : rv64imafdcv_zicsr_zifencei",
+    }
+    for triple, line in told.items():
+        found = cpu.parse_cpuinfo(line, triple.split("-")[0])
+        for target in CPU_TARGETS.values():
+            assert target.triple != triple or not cpu.missing_features(target.features, found), target.name
 
 
 def test_no_features_listed_means_unknown() -> None:

@@ -13,13 +13,13 @@ from tvm_microkernel_harness import (
     HostKernels,
     compile_kernels,
     distinct_kinds,
-    emulation_missing,
     pack,
     random_case,
     run_emulated,
     target_of,
 )
 
+from emulated import missing_tools
 from trimtab.backends.tvm.microkernels import (
     AMX,
     AVX2,
@@ -82,7 +82,7 @@ def test_results_on_this_machine(isa: InstructionSet, kind: str, tmp_path: Path)
         case.check(compiled.run(case))
 
 
-@pytest.mark.skipif(bool(emulation_missing()), reason=f"AArch64 code cannot be run here: {emulation_missing()}")
+@pytest.mark.skipif(bool(missing_tools()), reason=f"code for AArch64 cannot be run here: {missing_tools()}")
 def test_results_on_aarch64(tmp_path: Path) -> None:
     features = {feature for isa in ARM for product in isa.products.values() for feature in product.features}
     kernels = [kernel for isa, kind in distinct_kinds(ARM) for kernel in kernels_of(isa, kind)]

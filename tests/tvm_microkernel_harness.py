@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -14,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+import emulated
+from emulated import C_COMPILER
 from trimtab.backends.tvm.compiler import link
 from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel
 
-CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _STORED = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8, "s8": np.int8, "i32": np.int32}
 _AS_WRITTEN = 1  # tvm::CallingConv::kCPackedFunc: the function is not to be given TVM's own calling convention
 
@@ -192,37 +191,21 @@ def run_emulated(cases: Sequence[Case], target: dict[str, Any], directory: Path)
     """What the cases leave in C when compiled for AArch64 and run by QEMU."""
     kernels = {case.kernel.name: case.kernel for case in cases}
     library, driver = directory / "kernels.so", directory / "driver"
-    library.write_bytes(link(compile_kernels(kernels.values(), target), CROSS_COMPILER))
+    library.write_bytes(link(compile_kernels(kernels.values(), target), C_COMPILER))
     (directory / "driver.c").write_text(_DRIVER)
-    subprocess.run([CROSS_COMPILER, "-O1", "-o", str(driver), str(directory / "driver.c"), "-ldl"], check=True)
+    subprocess.run([C_COMPILER, "-O1", "-o", str(driver), str(directory / "driver.c"), "-ldl"], check=True)
     records = []
     for case in cases:
         operands = [np.ascontiguousarray(x).tobytes() for x in (case.a, case.b, case.c, case.scales)]
         name = f"call_{case.kernel.name}".encode()
         sizes = [len(operand) for operand in operands]
         records += [struct.pack("64s8q", name, *sizes, case.lda, case.ldc, case.depth, case.accumulate), *operands]
-    command = [EMULATOR, "-cpu", "max", "-L", _sysroot(), str(driver), str(library)]
-    done = subprocess.run(command, input=b"".join(records), capture_output=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")[-1000:]
+    stdout = emulated.run(driver, library, stdin=b"".join(records))
     results, offset = [], 0
     for case in cases:
-        results.append(np.frombuffer(done.stdout, case.c.dtype, case.c.size, offset).reshape(case.c.shape))
+        results.append(np.frombuffer(stdout, case.c.dtype, case.c.size, offset).reshape(case.c.shape))
         offset += case.c.nbytes
     return results
-
-
-@functools.cache
-def _sysroot() -> str:
-    """Where the cross compiler finds the C library: the folder that contains ``lib``."""
-    command = [CROSS_COMPILER, "-print-file-name=libc.so.6"]
-    found = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    return str(found.resolve().parent.parent)
-
-
-def emulation_missing() -> str:
-    """Why AArch64 code cannot be run here; empty when it can."""
-    missing = [tool for tool in (CROSS_COMPILER, EMULATOR) if shutil.which(tool) is None]
-    return f"not installed: {', '.join(missing)}" if missing else ""
 
 
 def distinct_kinds(sets: Iterable[InstructionSet]) -> list[tuple[InstructionSet, str]]:
