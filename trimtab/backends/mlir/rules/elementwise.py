@@ -54,7 +54,9 @@ def _neg(op: Any, x: Scalar) -> Scalar:
 
 @_elementwise(ops.Abs)
 def _abs(op: Any, x: Scalar) -> Scalar:
-    return function("absf" if x.is_float else "absi", x) if x.is_signed or x.is_float else x
+    if x.is_float:
+        return function("absf", x)
+    return maximum(x, -x) if x.is_signed else x  # 64-bit integers may be emulated on devices, which absi is not
 
 
 @_elementwise(ops.Sign)
