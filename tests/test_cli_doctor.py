@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from cli_harness import Commands
 
 from trimtab.backends.base import BackendStatus
+from trimtab.backends.cpu_targets import CPU_TARGETS, native, needed_to_run
 from trimtab.compiler import BACKENDS, find_backend
+from trimtab.cpu_features import host_architecture
 from trimtab.errors import BackendError
 
 
@@ -90,3 +93,25 @@ def test_a_missing_package_says_how_to_get_it(commands: Commands, monkeypatch: p
     out = commands("doctor", "--quick").out
     assert "missing" in out
     assert 'pip install "trimtab[onnx]"' in out
+
+
+def test_targets_of_other_machines_say_what_they_need(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = BackendStatus(
+        "tvm", True, ("native", "mips"), missing_targets={"alpha": "a linker"}, foreign_targets={"mips": "a mips"}
+    )
+    monkeypatch.setattr(type(find_backend("tvm")), "status", lambda self: status)
+    document = commands.ok("doctor", "--quick", "--json").json
+    (row,) = (row for row in document["backends"] if row["name"] == "tvm")
+    assert (row["missing_targets"], row["foreign_targets"]) == ({"alpha": "a linker"}, {"mips": "a mips"})
+    out = commands.ok("doctor", "--quick").out
+    assert "to run: a mips" in out
+    assert "to compile: a linker" in out
+
+
+def test_a_processor_says_what_its_code_needs() -> None:
+    here = host_architecture()
+    other = "riscv64" if here != "riscv64" else "aarch64"
+    assert other in needed_to_run(CPU_TARGETS[other])
+    assert needed_to_run(native()) == ""
+    wanting = replace(native(), features=("no-such-feature",))
+    assert "no-such-feature" in needed_to_run(wanting)

@@ -23,7 +23,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None or shutil.which("make") is None:
         pytest.skip("g++ and make are not installed")
     folder = tmp_path_factory.mktemp("cpp") / "example"
-    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("run_artifact"))
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("run_artifact", "call_model"))
     done = subprocess.run(
         ["make", f"PYTHON={sys.executable}"], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
@@ -42,6 +42,23 @@ def test_it_runs_the_samples_of_an_artifact(program: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for line in ("sample 0, output z: max difference", "sample 1, output y: max difference", "passed"):
         assert line in done.stdout
+
+
+def test_a_model_is_called_with_arrays_from_files(program: Path, tmp_path: Path) -> None:
+    fixture.write_artifact(tmp_path / "m.trim")
+    inputs = fixture.random_inputs()
+    files = [tmp_path / f"{name}.npy" for name in ("x", "scale", "z", "y")]
+    for file, array in zip(files, inputs, strict=False):
+        np.save(file, array)
+    command = [program.with_name("call_model"), tmp_path / "m.trim", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for file, expected in zip(files[2:], fixture.expected(*inputs), strict=True):
+        np.testing.assert_allclose(np.load(file), expected, rtol=1e-5, atol=1e-6)
+    np.save(files[0], inputs[0].astype(np.float64))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 7
+    assert "x.npy is not of dtype f32" in done.stderr
 
 
 def test_it_notices_wrong_results(program: Path, tmp_path: Path) -> None:

@@ -110,7 +110,18 @@ class CompiledCode:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend works on this machine; if not, why and what to install."""
+    """Whether a backend works on this machine; if not, why and what to install.
+
+    Attributes:
+        name: of the backend.
+        works: whether it can compile for this machine.
+        targets: what it can compile for.
+        reason: why it does not work.
+        fix: what to do then.
+        versions: of the packages that it uses.
+        missing_targets: for each target that it cannot compile for, what that needs.
+        foreign_targets: for each of ``targets`` whose code does not run on this machine, what running it needs.
+    """
 
     name: str
     works: bool
@@ -118,6 +129,8 @@ class BackendStatus:
     reason: str = ""
     fix: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    missing_targets: Mapping[str, str] = field(default_factory=dict)
+    foreign_targets: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(Protocol):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from trimtab.cpu_features import host_architecture, host_features, host_level
+from trimtab.cpu_features import host_architecture, host_features, host_level, missing_features, split_triple
 
 X86_64_V2 = ("cx16", "sahf", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")
 X86_64_V3 = (*X86_64_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
@@ -70,3 +70,18 @@ def native() -> CpuTarget:
     every = {feature for target in _TARGETS if target.triple == portable.triple for feature in target.features}
     found = tuple(sorted((every | set(_OPTIONAL_X86)) & (host_features() or frozenset())))
     return CpuTarget("native", portable.triple, level.cpu, found or portable.features, portable.abi)
+
+
+def needed_to_run(target: CpuTarget) -> str:
+    """What this machine lacks to run code for ``target``, in words; empty when it lacks nothing."""
+    architecture = split_triple(target.triple)[0]
+    if architecture != host_architecture():
+        return f"{'an' if architecture[0] == 'a' else 'a'} {architecture} processor"
+    missing = missing_features(target.features)
+    return f"a processor with {', '.join(missing)}" if missing else ""
+
+
+def foreign_processors(names: Iterable[str]) -> dict[str, str]:
+    """Those targets among ``names`` whose code does not run on this machine, with what running it needs."""
+    needs = {name: needed_to_run(CPU_TARGETS[name]) for name in names if name in CPU_TARGETS}
+    return {name: need for name, need in needs.items() if need}

@@ -80,14 +80,17 @@ def _print(document: Mapping[str, Any]) -> None:
             row["package"], row["version"] or "missing", row["used_for"], "" if row["version"] else row["install"]
         )
     to.print(packages)
-    backends = table("Backends and targets", ["backend", "target", "works", "why not, and what to do"])
+    backends = table("Backends and targets", ["backend", "target", "compiles here", "runs here", "what is missing"])
     for backend in document["backends"]:
         if not backend["works"]:
-            backends.add_row(backend["name"], "", "no", f"{backend['reason']}: {backend['fix']}")
+            backends.add_row(backend["name"], "", "no", "", f"{backend['reason']}: {backend['fix']}")
+            continue
         for target in backend["targets"]:
-            backends.add_row(backend["name"], target, "yes" if backend["works"] else "no", "")
-        for target, missing in backend.get("missing_targets", {}).items():
-            backends.add_row(backend["name"], target, "no", f"it needs {missing}")
+            missing = backend["foreign_targets"].get(target)
+            runs = "no" if missing else "yes"
+            backends.add_row(backend["name"], target, "yes", runs, f"to run: {missing}" if missing else "")
+        for target, missing in backend["missing_targets"].items():
+            backends.add_row(backend["name"], target, "no", "", f"to compile: {missing}")
     to.print(backends)
     trial = document["trial"]
     if trial is None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 
 from trimtab.backends.base import BackendStatus
+from trimtab.backends.cpu_targets import foreign_processors
 from trimtab.errors import MissingDependencyError
 
 INSTALL = "pip install 'trimtab[mlir]'"
@@ -13,7 +14,7 @@ _PACKAGES = ("torch-mlir", "iree-base-compiler", "iree-base-runtime")
 
 
 def status() -> BackendStatus:
-    """Look for torch-mlir and IREE, without importing them."""
+    """Look for torch-mlir and IREE, without importing them but for IREE's runtime, which looks for devices."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -23,9 +24,25 @@ def status() -> BackendStatus:
     skew = version_skew(versions["iree-base-compiler"], versions["iree-base-runtime"])
     if skew:
         return BackendStatus("mlir", False, (), skew, INSTALL, versions)
-    from trimtab.backends.mlir.targets import target_names
+    from trimtab.backends.mlir.targets import DEVICE_TARGETS, target_names
 
-    return BackendStatus("mlir", True, tuple(target_names()), versions=versions)
+    names = tuple(target_names())
+    foreign = foreign_processors(names)
+    found = {driver: _has_device(driver) for driver in {spec.driver for spec in DEVICE_TARGETS.values()}}
+    foreign |= {name: spec.needs for name, spec in DEVICE_TARGETS.items() if not found[spec.driver]}
+    return BackendStatus("mlir", True, names, versions=versions, foreign_targets=foreign)
+
+
+def _has_device(driver: str) -> bool:
+    """Whether IREE's runtime has the driver and finds a device with it."""
+    from iree import runtime
+
+    try:
+        return driver in runtime.query_available_drivers() and bool(
+            runtime.get_driver(driver).query_available_devices()
+        )
+    except (RuntimeError, ValueError):
+        return False
 
 
 def version_skew(compiler: str, runtime: str) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 
 from trimtab.backends.base import BackendStatus
+from trimtab.backends.cpu_targets import foreign_processors
 from trimtab.errors import MissingDependencyError
 
 INSTALL = "pip install 'trimtab[tvm]'"
@@ -22,12 +23,15 @@ def status() -> BackendStatus:
             return BackendStatus("tvm", False, (), f"the package {name} is not installed", INSTALL, versions)
     if importlib.util.find_spec("tvm") is None:
         return BackendStatus("tvm", False, (), "the module tvm cannot be found", INSTALL, versions)
-    usable = tuple(name for name, drivers in _linkers().items() if any(shutil.which(driver) for driver in drivers))
+    linkers = _linkers()
+    usable = tuple(name for name, drivers in linkers.items() if any(shutil.which(driver) for driver in drivers))
+    missing = {name: f"{drivers[0]} to link with" for name, drivers in linkers.items() if name not in usable}
     if "native" not in usable:
         return BackendStatus(
             "tvm", False, usable, "there is no C compiler to link with", "apt-get install gcc", versions
         )
-    return BackendStatus("tvm", True, usable, versions=versions)
+    foreign = foreign_processors(usable)
+    return BackendStatus("tvm", True, usable, versions=versions, missing_targets=missing, foreign_targets=foreign)
 
 
 def _linkers() -> dict[str, tuple[str, ...]]:
