@@ -22,7 +22,7 @@ MARKS = {"x86-64": b"\x3e\x00", "aarch64": b"\xb7\x00", "armv8": b"\xb7\x00", "r
 
 @pytest.fixture(scope="module")
 def image() -> Module:
-    return image_model()
+    return image_model(symbolic=False)
 
 
 @pytest.mark.parametrize("target", target_names())
@@ -37,7 +37,7 @@ def test_every_target_compiles_a_transformer(image: Module, target: str) -> None
 
 
 def test_vulkan_agrees_with_the_interpreter(image: Module, tmp_path: object) -> None:
-    for module, samples in ((image, [image_inputs(1), image_inputs(3)]), (text_model(), [text_inputs(2, 9)])):
+    for module, samples in ((image, [image_inputs(2)]), (text_model(), [text_inputs(2, 9), text_inputs(1, 5)])):
         made = trimtab.compile(module, target="vulkan-spirv", backend="mlir", pipeline=None)
         path = made.save(f"{tmp_path}/model.trim", check=False)
         try:
