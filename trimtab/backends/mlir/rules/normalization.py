@@ -13,7 +13,7 @@ from trimtab.ir import ops
 from trimtab.ir.dims import product
 
 
-def _mean(code: Code, x: Tensor, axes: Sequence[int], body: Any = lambda e: e) -> Tensor:
+def mean_over(code: Code, x: Tensor, axes: Sequence[int], body: Any = lambda e: e) -> Tensor:
     """The mean of ``body(element)`` over ``axes``, kept with size 1, in the working type."""
     total = code.reduce(x, axes, 0, work_type(x.dtype), lambda e, so_far: so_far + body(e), keepdim=True)
     count = cast(Scalar(code.size(product(x.shape[axis] for axis in axes)), None), total.dtype)
@@ -24,9 +24,9 @@ def _normalised(
     op: Any, code: Code, x: Tensor, axes: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias``: two passes, as the reference does."""
-    mean = _mean(code, x, axes)
+    mean = mean_over(code, x, axes)
     centred = code.elementwise(x.type.with_dtype(work_type(x.dtype)), [x, mean], lambda e, m: e - m)
-    variance = _mean(code, centred, axes, lambda e: e * e)
+    variance = mean_over(code, centred, axes, lambda e: e * e)
     affine = [t for t in (weight, bias) if t is not None]
 
     def body(e: Scalar, v: Scalar, *rest: Scalar) -> Scalar:
@@ -45,7 +45,7 @@ def _layer_norm(op: Any, code: Code, x: Tensor, weight: Tensor | None, bias: Ten
 
 @lowers(ops.RmsNorm)
 def _rms_norm(op: Any, code: Code, x: Tensor, weight: Tensor | None) -> Tensor:
-    square = _mean(code, x, range(x.rank - op.axes, x.rank), lambda e: e * e)
+    square = mean_over(code, x, range(x.rank - op.axes, x.rank), lambda e: e * e)
 
     def body(e: Scalar, s: Scalar, *rest: Scalar) -> Scalar:
         value = e * function("rsqrt", s + op.eps)

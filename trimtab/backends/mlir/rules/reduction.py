@@ -7,7 +7,7 @@ from typing import Any
 
 from torch_mlir import ir
 
-from trimtab.backends.mlir.rules.normalization import _mean
+from trimtab.backends.mlir.rules.normalization import mean_over
 from trimtab.backends.mlir.rules.registry import lowers
 from trimtab.backends.mlir.scalar import Scalar, cast, maximum, minimum, select, work_type
 from trimtab.backends.mlir.tensors import Code, Tensor
@@ -28,8 +28,8 @@ def _sum(op: Any, code: Code, x: Tensor) -> Tensor:
 
 
 @lowers(ops.Mean)
-def _mean_over(op: Any, code: Code, x: Tensor) -> Tensor:
-    return _finished(op, code, _mean(code, x, op.dims)) if op.dims else x
+def _mean(op: Any, code: Code, x: Tensor) -> Tensor:
+    return _finished(op, code, mean_over(code, x, op.dims)) if op.dims else x
 
 
 @lowers(ops.Prod)
