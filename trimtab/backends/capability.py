@@ -11,9 +11,6 @@ from trimtab.ir import ops
 from trimtab.ir.core import Module
 from trimtab.ir.op import Op
 
-Examine = Callable[[Op], tuple[str, str]]
-"""For an op, why it cannot be compiled and what to do instead; two empty texts when it can."""
-
 _MOST_SHOWN = 20
 
 
@@ -40,43 +37,6 @@ class Unsupported:
         return f"{self.op}{where}: {self.reason}; {self.fix}"
 
 
-def unsupported_ops(module: Module, examine: Examine) -> list[Unsupported]:
-    """Every op of ``module`` for which ``examine`` gives a reason."""
-    found = []
-    for op in module.walk():
-        reason, fix = examine(op)
-        if reason:
-            found.append(Unsupported(op.name, repr(op), reason, fix, op.location))
-    return found
-
-
-def check_supported(module: Module, examine: Examine, backend: str, page: str) -> None:
-    """Raise one error that lists every unsupported op.
-
-    Args:
-        module: what is to be compiled.
-        examine: what the backend says of an op.
-        backend: the backend's name for people.
-        page: the page of the docs that lists what it supports.
-
-    Raises:
-        UnsupportedByBackendError: there are some.
-    """
-    problems = unsupported_ops(module, examine)
-    if not problems:
-        return
-    shown = [str(problem) for problem in problems[:_MOST_SHOWN]]
-    if len(problems) > len(shown):
-        shown.append(f"and {len(problems) - len(shown)} more")
-    raise UnsupportedByBackendError(
-        f"the {backend} backend cannot compile some ops",
-        values={"count": len(problems), "ops": sorted({problem.op for problem in problems})},
-        rule="\n  - ".join(["unsupported ops", *shown]),
-        fix=f"rewrite these parts of the model with supported ops ({page} lists them)",
-        location=next((problem.location for problem in problems if problem.location is not None), None),
-    )
-
-
 class Rule(Protocol):
     """What a backend's table of rules holds for an op class; ``check`` says why a very op cannot be lowered, or ""."""
 
@@ -84,7 +44,51 @@ class Rule(Protocol):
     def check(self) -> Callable[[Any], str]: ...
 
 
-def examine(op: Op, rule_for: Callable[[Op], Rule | None]) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Capability:
+    """What a backend can compile: the ops it has rules for.
+
+    Attributes:
+        backend: the backend's name for people.
+        page: the page of the docs that lists what it supports.
+        rules: imports the table of rules, and returns what finds the rule of an op in it.
+    """
+
+    backend: str
+    page: str
+    rules: Callable[[], Callable[[Op], Rule | None]]
+
+    def unsupported_ops(self, module: Module) -> list[Unsupported]:
+        """Every op of ``module`` that the backend has no code for."""
+        rule_for, found = self.rules(), []
+        for op in module.walk():
+            reason, fix = _examine(op, rule_for)
+            if reason:
+                found.append(Unsupported(op.name, repr(op), reason, fix, op.location))
+        return found
+
+    def check_supported(self, module: Module) -> None:
+        """Raise one error that lists every unsupported op.
+
+        Raises:
+            UnsupportedByBackendError: there are some.
+        """
+        problems = self.unsupported_ops(module)
+        if not problems:
+            return
+        shown = [str(problem) for problem in problems[:_MOST_SHOWN]]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise UnsupportedByBackendError(
+            f"the {self.backend} backend cannot compile some ops",
+            values={"count": len(problems), "ops": sorted({problem.op for problem in problems})},
+            rule="\n  - ".join(["unsupported ops", *shown]),
+            fix=f"rewrite these parts of the model with supported ops ({self.page} lists them)",
+            location=next((problem.location for problem in problems if problem.location is not None), None),
+        )
+
+
+def _examine(op: Op, rule_for: Callable[[Op], Rule | None]) -> tuple[str, str]:
     """Why ``op`` has no code in a backend with these rules, and what to do; two empty texts when it has."""
     packed = sorted({str(v.type.dtype) for v in (*op.operands, *op.results) if v.type.dtype.is_sub_byte})
     if packed:

@@ -202,6 +202,14 @@ class Code:
         """The element of a tensor at ``indices``, which must lie inside."""
         return Scalar(tensor.extract(source.value, [i.value for i in indices]), source.dtype)
 
+    def load_broadcast(self, source: Tensor, at: Sequence[Scalar], shape: Sequence[Dim]) -> Scalar:
+        """The element that the place ``at`` of a tensor of ``shape`` reads from ``source`` under numpy broadcasting."""
+        skipped = len(at) - source.rank
+        return self.load(source, [
+            constant(0, None) if size == 1 and shape[skipped + axis] != 1 else at[skipped + axis]
+            for axis, size in enumerate(source.shape)
+        ])  # fmt: skip
+
     def reduce(
         self, x: Tensor, axes: Sequence[int], start: float | int | bool, dtype: DType, body: Body, keepdim: bool = False
     ) -> Tensor:
@@ -294,11 +302,6 @@ def broadcast_map(own: TensorType, target: TensorType) -> Any:
     return ir.AffineMap.get(target.rank, 0, places)
 
 
-def axes_map(loops: int, axes: Sequence[int]) -> Any:
-    """The map that picks ``axes`` out of ``loops`` loops."""
-    return ir.AffineMap.get(loops, 0, [ir.AffineExpr.get_dim(axis) for axis in axes])
-
-
 def _matching_groups(own: tuple[Dim, ...], new: tuple[Dim, ...]) -> list[tuple[range, range]]:
     """The finest division of two shapes with equal products into runs of axes whose products agree.
 
@@ -331,4 +334,4 @@ def _is_less(left: Dim, right: Dim) -> bool:
     return left != 0 and right % left == 0
 
 
-__all__ = ["Code", "Tensor", "axes_map", "broadcast_map", "mlir_type"]
+__all__ = ["Code", "Tensor", "broadcast_map", "mlir_type"]

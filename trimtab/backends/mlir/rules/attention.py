@@ -63,7 +63,7 @@ def _masked(op: Any, code: Code, scores: Tensor, mask: Tensor | None, shape: tup
 def _rotary(op: Any, code: Code, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = int(cos.shape[-1])  # type: ignore[arg-type]
     half = width // 2
-    leading = x.type.with_shape(*x.shape[:-1], width)
+    leading = (*x.shape[:-1], width)
 
     def element(at: Any) -> Scalar:
         channel = at[-1]
@@ -79,12 +79,7 @@ def _rotary(op: Any, code: Code, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         angle = [*at[:-1], select(inside, channel, channel * 0)]
 
         def table(t: Tensor) -> Scalar:
-            skipped = len(at) - t.rank
-            places = [
-                i * 0 if size == 1 and leading.shape[skipped + axis] != 1 else i
-                for axis, (i, size) in enumerate(zip(angle[skipped:], t.shape, strict=True))
-            ]
-            return cast(code.load(t, places), own.dtype)
+            return cast(code.load_broadcast(t, angle, leading), own.dtype)
 
         turned = own * table(cos) + select(first, -other, other) * table(sin)
         return select(inside, turned, own)

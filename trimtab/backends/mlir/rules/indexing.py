@@ -54,17 +54,9 @@ def _index(op: Any, code: Code, x: Tensor, indices: list[Tensor]) -> Tensor:
     def element(at: Sequence[Scalar]) -> Scalar:
         own = at[op.dim : op.dim + rank]
         rows = [
-            place(code, code.load(tensor, _broadcast(tensor, own, shape)), x.shape[op.dim + number])
+            place(code, code.load_broadcast(tensor, own, shape), x.shape[op.dim + number])
             for number, tensor in enumerate(indices)
         ]
         return code.load(x, [*at[: op.dim], *rows, *at[op.dim + rank :]])
 
     return code.compute(op.result.type, element)
-
-
-def _broadcast(tensor: Tensor, at: Sequence[Scalar], shape: Sequence[Dim]) -> list[Scalar]:
-    skipped = len(at) - tensor.rank
-    return [
-        at[skipped + axis] * 0 if size == 1 and shape[skipped + axis] != 1 else at[skipped + axis]
-        for axis, size in enumerate(tensor.shape)
-    ]

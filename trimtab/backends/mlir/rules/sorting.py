@@ -15,7 +15,7 @@ from trimtab.backends.mlir.rules.registry import lowers
 from trimtab.backends.mlir.scalar import Scalar, cast, element_type, maximum, minimum, select
 from trimtab.backends.mlir.tensors import Code, Tensor
 from trimtab.ir import ops
-from trimtab.ir.dims import product
+from trimtab.ir.dims import Dim, product
 from trimtab.ir.dtypes import DType
 from trimtab.ir.types import TensorType
 
@@ -97,35 +97,39 @@ _REDUCTIONS: dict[str, Callable[[Scalar, Scalar], Scalar]] = {
 }
 
 
-def _scattered(code: Code, x: Tensor, places: Tensor, updates: Tensor, reduce: str) -> Tensor:
-    """x with slice n of ``updates`` combined into the place that row n of ``places`` gives for the leading axes."""
-    depth = int(places.shape[1])  # type: ignore[arg-type]
+def _scattered(
+    code: Code, x: Tensor, shape: Sequence[Dim], coordinates: Callable[[Sequence[Scalar]], list[Scalar]],
+    updates: Tensor, reduce: str,
+) -> Tensor:  # fmt: skip
+    """x with ``updates`` ``[*shape, *rest]`` combined in at ``coordinates(place in shape)`` of its other axes."""
+    rest = updates.shape[len(shape) :]
+    depth, count = x.rank - len(rest), product(shape)
+
+    def coordinate(at: Sequence[Scalar]) -> Scalar:
+        chosen, *others = coordinates(at[:-1])
+        for axis, value in enumerate(others, 1):
+            chosen = select(at[-1].equals(axis), value, chosen)
+        return cast(chosen, DType.I32)
+
+    places = code.compute(TensorType(DType.I32, (*shape, depth)), coordinate)
     attributes = {
         "dimension_map": ir.DenseI64ArrayAttr.get(list(range(depth))),
         "unique_indices": ir.BoolAttr.get(reduce == "none"),
     }
-    body = _REDUCTIONS[reduce]
-    return _extension("scatter", [updates, places], [x], attributes, [x.dtype, x.dtype], body)[0]
+    inputs = [code.reshape(updates, (count, *rest)), code.reshape(places, (count, depth))]
+    return _extension("scatter", inputs, [x], attributes, [x.dtype, x.dtype], _REDUCTIONS[reduce])[0]
 
 
 @lowers(ops.Scatter)
 def _scatter(op: Any, code: Code, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    shape = indices.shape
-    if updates.shape != shape:
-        updates = code.slice(updates, [0] * x.rank, shape, [1] * x.rank)
-    count = product(shape)
+    if updates.shape != indices.shape:
+        updates = code.slice(updates, [0] * x.rank, indices.shape, [1] * x.rank)
 
-    def coordinate(at: Sequence[Scalar]) -> Scalar:
-        own = at[:-1]
-        row = place(code, code.load(indices, own), x.shape[op.dim])
-        coordinates = [row if axis == op.dim else i for axis, i in enumerate(own)]
-        chosen = coordinates[0]
-        for axis, value in enumerate(coordinates[1:], 1):
-            chosen = select(at[-1].equals(axis), value, chosen)
-        return cast(chosen, DType.I32)
+    def coordinates(at: Sequence[Scalar]) -> list[Scalar]:
+        row = place(code, code.load(indices, at), x.shape[op.dim])
+        return [row if axis == op.dim else i for axis, i in enumerate(at)]
 
-    places = code.compute(TensorType(DType.I32, (*shape, x.rank)), coordinate)
-    return _scattered(code, x, code.reshape(places, (count, x.rank)), code.reshape(updates, (count,)), op.reduce)
+    return _scattered(code, x, indices.shape, coordinates, updates, op.reduce)
 
 
 @lowers(ops.IndexPut)
@@ -136,22 +140,11 @@ def _index_put(op: Any, code: Code, x: Tensor, indices: list[Tensor], updates: T
               if t.rank >= widest.rank - axis and t.shape[axis - widest.rank] != 1), 1)
         for axis in range(widest.rank)
     )  # fmt: skip
-    rest = x.shape[len(indices) :]
-    whole = TensorType(x.dtype, (*shape, *rest))
+    whole = TensorType(x.dtype, (*shape, *x.shape[len(indices) :]))
     if updates.shape != whole.shape:
         updates = code.elementwise(whole, [updates], lambda e: e)
-    wide = [code.elementwise(TensorType(t.dtype, shape), [t], lambda e: e) for t in indices]
 
-    def coordinate(at: Sequence[Scalar]) -> Scalar:
-        rows = [place(code, code.load(t, at[:-1]), x.shape[axis]) for axis, t in enumerate(wide)]
-        chosen = rows[0]
-        for axis, value in enumerate(rows[1:], 1):
-            chosen = select(at[-1].equals(axis), value, chosen)
-        return cast(chosen, DType.I32)
+    def coordinates(at: Sequence[Scalar]) -> list[Scalar]:
+        return [place(code, code.load_broadcast(t, at, shape), x.shape[axis]) for axis, t in enumerate(indices)]
 
-    count = product(shape)
-    places = code.compute(TensorType(DType.I32, (*shape, len(indices))), coordinate)
-    return _scattered(
-        code, x, code.reshape(places, (count, len(indices))), code.reshape(updates, (count, *rest)),
-        "add" if op.accumulate else "none",
-    )  # fmt: skip
+    return _scattered(code, x, shape, coordinates, updates, "add" if op.accumulate else "none")
