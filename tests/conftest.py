@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports torch, transformers or tvm. Subprocesses of tests inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already fill the cores: a thread pool each would make them wait for one another.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TVM_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
+
+# A shell starts background commands with the interrupt ignored, and processes that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import difflib
 from collections.abc import Callable
