@@ -1,0 +1,79 @@
+"""The result of merging: which token of the shorter sequence each token has become part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab.ir.builder import Builder
+from trimtab.ir.core import Value
+from trimtab.ir.ops import Div, Full, Log, Mul, Reshape, Sum
+from trimtab.passes.tokens.rows import numbers, span, sum_into, take
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Each of N tokens becomes part of one of ``count`` tokens.
+
+    ``target``, i64 ``[B, N]``, holds the new row of each token, between 0 and count - 1; every row has a token, and
+    protected tokens, which come first, keep their rows and are alone in them. The original patches of a drawing or
+    a dense output are found by ``after``, which follows several reductions at once.
+    """
+
+    target: Value
+    count: int
+
+    def sum(self, build: Builder, x: Value) -> Value:
+        """x ``[B, N, C]`` with the tokens of each new row added: ``[B, count, C]``."""
+        return sum_into(build, x, self.target, self.count)
+
+    def merge(self, build: Builder, x: Value, sizes: Value | None = None) -> tuple[Value, Value]:
+        """The mean of the tokens of each new row, weighted by how many tokens each of them already stands for.
+
+        Args:
+            build: where ops go.
+            x: tokens ``[B, N, C]``.
+            sizes: ``[B, N, 1]`` in x's dtype; none means that every token stands for itself.
+
+        Returns:
+            The merged tokens ``[B, count, C]`` and their sizes ``[B, count, 1]``.
+        """
+        if sizes is None:
+            sizes = initial_sizes(build, x)
+        total = self.sum(build, build(Mul(x, sizes)))
+        sizes = self.sum(build, sizes)
+        return build(Div(total, sizes)), sizes
+
+    def unmerge(self, build: Builder, y: Value) -> Value:
+        """Tokens y ``[B, count, C]`` (or ``[B, count]``) copied back to all that they stand for: ``[B, N, C]``."""
+        return take(build, y, self.target)
+
+    def after(self, build: Builder, earlier: Assignment) -> Assignment:
+        """``earlier`` and then this one, as one assignment of the tokens that ``earlier`` began with."""
+        return Assignment(take(build, self.target, earlier.target), self.count)
+
+
+def initial_sizes(build: Builder, x: Value) -> Value:
+    """Ones ``[B, N, 1]`` in x's dtype: every token stands for itself."""
+    return build(Full(1.0, x.type.dtype, (*x.type.shape[:2], 1)))
+
+
+def identity(build: Builder, x: Value) -> Assignment:
+    """The assignment of x ``[B, N, C]`` that changes nothing."""
+    tokens = x.type.shape[1]
+    assert isinstance(tokens, int)
+    return Assignment(numbers(build, x, tokens), tokens)
+
+
+def size_bias(build: Builder, sizes: Value) -> Value:
+    """``log(size)`` as a mask ``[B, 1, 1, N]`` to add to attention scores: a merged token counts as all that it
+    stands for (proportional attention of ToMe, arXiv 2210.09461)."""
+    batch, tokens, _ = sizes.type.shape
+    return build(Log(build(Reshape(sizes, shape=(batch, 1, 1, tokens)))))
+
+
+def mean_of_originals(build: Builder, x: Value, sizes: Value, protected: int) -> Value:
+    """The mean ``[B, C]`` over the tokens that x ``[B, N, C]`` stands for, without the protected ones: what mean
+    pooling gave before tokens were merged."""
+    patches, weights = (span(build, value, protected) for value in (x, sizes))
+    total = build(Sum(build(Mul(patches, weights)), dims=(1,)))
+    return build(Div(total, build(Sum(weights, dims=(1,)))))
