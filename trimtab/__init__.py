@@ -13,6 +13,7 @@ from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.artifact import Artifact
+    from trimtab.backends.torch import to_torch, update
     from trimtab.compiler import compile
     from trimtab.debug.bisect import bisect
     from trimtab.debug.reduce import reduce_module as reduce
@@ -38,13 +39,15 @@ _HOMES = {
     "optimize": ("trimtab.passes.optimize", "optimize"),
     "read": ("trimtab.ir.storage", "read_module"),
     "reduce": ("trimtab.debug.reduce", "reduce_module"),
+    "to_torch": ("trimtab.backends.torch", "to_torch"),
     "trace": ("trimtab.frontend.torch_export", "trace"),
+    "update": ("trimtab.backends.torch", "update"),
     "write": ("trimtab.ir.storage", "write_module"),
 }
 
 __all__ = [
     "Artifact", "Module", "Session", "TrimtabError", "__version__", "bisect", "compile", "from_onnx", "interpret",
-    "load", "optimize", "read", "reduce", "trace", "write",
+    "load", "optimize", "read", "reduce", "to_torch", "trace", "update", "write",
 ]  # fmt: skip
 
 
