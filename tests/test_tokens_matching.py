@@ -182,7 +182,7 @@ def test_compiled_matching(batch: int, tokens: int, r: int, protected: int) -> N
 
 def test_sizes_start_at_one() -> None:
     def make(build: Builder, x: Value) -> list[Value]:
-        found = Assignment(identity(build, x).target, 3)
+        found = Assignment(identity(build, x, 3).target, 3)
         return [initial_sizes(build, x), *found.merge(build, x)]
 
     x = normal(2, 3, 4)

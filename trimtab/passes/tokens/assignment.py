@@ -57,11 +57,9 @@ def initial_sizes(build: Builder, x: Value) -> Value:
     return build(Full(1.0, x.type.dtype, (*x.type.shape[:2], 1)))
 
 
-def identity(build: Builder, x: Value) -> Assignment:
-    """The assignment of x ``[B, N, C]`` that changes nothing."""
-    tokens = x.type.shape[1]
-    assert isinstance(tokens, int)
-    return Assignment(numbers(build, x, tokens), tokens)
+def identity(build: Builder, like: Value, tokens: int) -> Assignment:
+    """The assignment of ``tokens`` tokens that changes nothing; B of ``like``."""
+    return Assignment(numbers(build, like, tokens), tokens)
 
 
 def size_bias(build: Builder, sizes: Value) -> Value:

@@ -49,14 +49,14 @@ def bipartite_matching(build: Builder, metric: Value, r: int, protected: int = 1
             rule=f"0 <= r <= {most_merged(tokens, protected)}, half of the tokens that are not protected",
         )
     if r == 0:
-        return identity(build, metric)
+        return identity(build, metric, tokens)
     candidates = span(build, metric, protected + protected % 2, step=2)
     receivers = span(build, metric, protected + (protected + 1) % 2, step=2)
     candidate_target, receiver_target = match(
         build, unit_rows(build, candidates), unit_rows(build, receivers), r, first=protected
     )
     even_first = (candidate_target, receiver_target)
-    rest = _interleaved(build, *(even_first if protected % 2 == 0 else even_first[::-1]))
+    rest = interleaved(build, *(even_first if protected % 2 == 0 else even_first[::-1]))
     return Assignment(joined(build, numbers(build, metric, protected), rest), tokens - r)
 
 
@@ -81,7 +81,7 @@ def match(build: Builder, candidates: Value, receivers: Value, r: int, first: in
     return target, numbers(build, receivers, token_count(receivers), start)
 
 
-def _interleaved(build: Builder, first: Value, second: Value) -> Value:
+def interleaved(build: Builder, first: Value, second: Value) -> Value:
     """``first[0], second[0], first[1], ...`` of ``[B, n]`` and ``[B, n]`` or ``[B, n - 1]``."""
     batch, pairs = first.type.shape[0], token_count(second)
     stacked = joined(build, column(build, span(build, first, 0, pairs)), column(build, second), dim=2)
