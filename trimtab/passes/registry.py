@@ -36,6 +36,7 @@ _OWN: Mapping[str, str] = {
     "fold-scale": "trimtab.passes.fold_scale:FoldScale",
     "group-fusions": "trimtab.passes.group_fusions:GroupFusions",
     "merge-adapters": "trimtab.passes.merge_adapters:MergeAdapters",
+    "merge-tokens": "trimtab.passes.merge_tokens:MergeTokens",
     "pack-linears": "trimtab.passes.pack_linears:PackLinears",
     "push-slices": "trimtab.passes.push_slices:PushSlices",
     "raise-activations": "trimtab.passes.raise_activations:RaiseActivations",

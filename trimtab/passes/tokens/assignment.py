@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
-from trimtab.ir.ops import Div, Full, Log, Mul, Reshape, Sum
+from trimtab.ir.ops import Div, Full, Log, Maximum, Mul, Reshape, Sum
 from trimtab.passes.tokens.rows import numbers, span, sum_into, take
+
+SMALLEST_SIZE = 1e-9
+"""What the sizes of rows are at least when sums are divided by them, so that a row of padding alone becomes zero."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Assignment:
         Args:
             build: where ops go.
             x: tokens ``[B, N, C]``.
-            sizes: ``[B, N, 1]`` in x's dtype; none means that every token stands for itself.
+            sizes: ``[B, N, 1]`` in x's dtype; none means that every token stands for itself. Tokens of size 0, which
+                padding has, do not count, and a row of them alone is zero.
 
         Returns:
             The merged tokens ``[B, count, C]`` and their sizes ``[B, count, 1]``.
@@ -41,7 +45,7 @@ class Assignment:
             sizes = initial_sizes(build, x)
         total = self.sum(build, build(Mul(x, sizes)))
         sizes = self.sum(build, sizes)
-        return build(Div(total, sizes)), sizes
+        return divided(build, total, sizes), sizes
 
     def unmerge(self, build: Builder, y: Value) -> Value:
         """Tokens y ``[B, count, C]`` (or ``[B, count]``) copied back to all that they stand for: ``[B, N, C]``."""
@@ -50,6 +54,11 @@ class Assignment:
     def after(self, build: Builder, earlier: Assignment) -> Assignment:
         """``earlier`` and then this one, as one assignment of the tokens that ``earlier`` began with."""
         return Assignment(take(build, self.target, earlier.target), self.count)
+
+
+def divided(build: Builder, total: Value, sizes: Value) -> Value:
+    """Sums of rows ``[B, count, C]`` over their sizes ``[B, count, 1]``; rows of size 0 are zero."""
+    return build(Div(total, build(Maximum(sizes, build.scalar(SMALLEST_SIZE, sizes.type.dtype)))))
 
 
 def initial_sizes(build: Builder, x: Value) -> Value:

@@ -7,7 +7,7 @@ from trimtab.errors import UsageError
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.ops import Add, Amax, Argmax, Cast, Cumsum, Full, Matmul, Mean, Permute, Reshape, Where
+from trimtab.ir.ops import Add, Amax, Argmax, Cast, Cumsum, Full, Gt, Matmul, Mean, Mul, Permute, Reshape, Sub, Where
 from trimtab.passes.tokens.assignment import Assignment, identity
 from trimtab.passes.tokens.rows import column, joined, numbers, put, ranking, span, token_count, unit_rows
 
@@ -15,6 +15,23 @@ from trimtab.passes.tokens.rows import column, joined, numbers, put, ranking, sp
 def key_metric(build: Builder, keys: Value) -> Value:
     """What tokens are compared by: the mean over heads of the keys ``[B, H, N, D]``, ``[B, N, D]``."""
     return build(Mean(keys, dims=(1,)))
+
+
+def without_padding(build: Builder, metric: Value, sizes: Value) -> Value:
+    """``metric`` ``[B, N, D]`` of unit length with one channel more, so that padding, tokens of size 0, is like padding only.
+
+    Padding is merged with padding first, before any token is. A token that finds nothing like itself may still be merged
+    into padding, which counts for nothing, and so stays what it is.
+
+    Args:
+        build: where ops go.
+        metric: see :func:`key_metric`.
+        sizes: ``[B, N, 1]``.
+    """
+    zero, one = (build.scalar(number, sizes.type.dtype) for number in (0.0, 1.0))
+    padding = build(Where(build(Gt(sizes, zero)), zero, one))
+    tokens = build(Mul(unit_rows(build, metric), build(Sub(one, padding))))
+    return joined(build, tokens, padding, dim=2)
 
 
 def most_merged(tokens: int, protected: int) -> int:

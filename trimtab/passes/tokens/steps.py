@@ -1,0 +1,138 @@
+"""Reductions of tokens as steps: what each does to any value that has a row for every token, and how rows come back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from trimtab.errors import PassError
+from trimtab.ir.builder import Builder
+from trimtab.ir.core import Value
+from trimtab.ir.ops import Cast, Gt, Mul, Reshape
+from trimtab.passes.tokens.assignment import Assignment, divided, initial_sizes, size_bias
+from trimtab.passes.tokens.selection import Selection, WeightedAssignment
+
+if TYPE_CHECKING:
+    from trimtab.passes.tokens.shortening import Place
+
+
+class Step(ABC):
+    """One reduction from N to ``count`` tokens.
+
+    Attributes:
+        count: how many tokens are left.
+        sizes: ``[B, count, 1]``, for how many original tokens each counts in a mean or sum over tokens, 0 for padding;
+            None where all count alike.
+        key_mask: what is added to attention scores from here on, ``[B, 1, 1, count]`` floating, or bool: which keys may be
+            attended to. It stands for the model's own key mask as well. None for none.
+    """
+
+    count: int
+    sizes: Value | None = None
+    key_mask: Value | None = None
+
+    @abstractmethod
+    def shorten(self, build: Builder, y: Value) -> Value:
+        """Rows of y ``[B, N, C]`` as ``[B, count, C]``."""
+
+    @abstractmethod
+    def restore(self, build: Builder, y: Value) -> Value:
+        """Rows y ``[B, count, C]`` for all N tokens again, ``[B, N, C]``.
+
+        Raises:
+            PassError: nothing is left of the tokens that were dropped.
+        """
+
+    def target(self, build: Builder) -> Value | None:
+        """The row of each of the N tokens, i64 ``[B, N]``, -1 for those that were dropped; None where that is not known,
+        as for tokens that are mixed of all others."""
+        return None
+
+
+class MergeStep(Step):
+    """Tokens that become the mean of their group, weighted by size.
+
+    Args:
+        place: where.
+        assignment: which group each token goes to.
+        proportional: attention counts a merged token as often as it stands for original ones (proportional attention of
+            ToMe, arXiv 2210.09461), by the logarithm of its size added to the scores.
+    """
+
+    sizes: Value
+
+    def __init__(self, place: Place, assignment: Assignment, proportional: bool) -> None:
+        build = place.build
+        self.assignment = assignment
+        self.count = assignment.count
+        self._before = place.sizes
+        before = place.sizes if place.sizes is not None else initial_sizes(build, place.x)
+        self.sizes = assignment.sum(build, before)
+        if proportional:
+            self.key_mask = size_bias(build, self.sizes)
+        elif place.padded:
+            self.key_mask = counted(build, self.sizes)
+
+    def shorten(self, build: Builder, y: Value) -> Value:
+        weights, sizes = self._before, self.sizes
+        if y.type.dtype is not sizes.type.dtype:
+            weights = build(Cast(weights, dtype=y.type.dtype)) if weights is not None else None
+            sizes = build(Cast(sizes, dtype=y.type.dtype))
+        total = self.assignment.sum(build, y if weights is None else build(Mul(y, weights)))
+        return divided(build, total, sizes)
+
+    def restore(self, build: Builder, y: Value) -> Value:
+        return self.assignment.unmerge(build, y)
+
+    def target(self, build: Builder) -> Value:
+        return self.assignment.target
+
+
+class FuseStep(Step):
+    """Tokens that are kept, and one that is the weighted sum of the others."""
+
+    def __init__(self, weighted: WeightedAssignment, sizes: Value | None, key_mask: Value | None) -> None:
+        self.weighted = weighted
+        self.count = weighted.assignment.count
+        self.sizes = sizes
+        self.key_mask = key_mask
+
+    def shorten(self, build: Builder, y: Value) -> Value:
+        return self.weighted.fuse(build, y)
+
+    def restore(self, build: Builder, y: Value) -> Value:
+        return self.weighted.assignment.unmerge(build, y)
+
+    def target(self, build: Builder) -> Value:
+        return self.weighted.assignment.target
+
+
+class SelectStep(Step):
+    """Tokens that are kept; the others are dropped."""
+
+    def __init__(self, selection: Selection, sizes: Value | None, key_mask: Value | None) -> None:
+        self.selection = selection
+        self.count = selection.count
+        self.sizes = sizes
+        self.key_mask = key_mask
+
+    def shorten(self, build: Builder, y: Value) -> Value:
+        return self.selection.select(build, y)
+
+    def restore(self, build: Builder, y: Value) -> Value:
+        raise PassError(
+            "tokens that were dropped cannot be given back",
+            values={"kept": self.count, "of": self.selection.tokens},
+            rule="an output with a row for each token needs something to put in the places of dropped ones",
+            fix="merge or fuse tokens instead: merge-tokens{unmerge=true}",
+        )
+
+    def target(self, build: Builder) -> Value:
+        return self.selection.target(build)
+
+
+def counted(build: Builder, sizes: Value) -> Value:
+    """A bool mask ``[B, 1, 1, N]`` of the tokens that stand for something: all but padding."""
+    batch, tokens, _ = sizes.type.shape
+    rows = build(Reshape(sizes, shape=(batch, 1, 1, tokens)))
+    return build(Gt(rows, build.scalar(0.0, sizes.type.dtype)))
