@@ -19,15 +19,16 @@ from trimtab.passes.tokens.stream import Stream
 class MergeTokens(TokenReduction):
     """Merge the r most similar tokens after the attention of each layer (ToMe).
 
-    Every second token looks for the one of the others whose keys are most like its own, and the r best pairs are averaged,
-    weighted by how many tokens each stands for. The first tokens, which are read by their position, stay as they are. Means
-    over tokens keep counting every original token. From Bolya et al., Token Merging: Your ViT But Faster, arXiv 2210.09461.
+    Every second token looks for the one of the others whose keys are most like its own, and the r best pairs are
+    averaged, weighted by how many tokens each stands for. The first tokens, which are read by their position, stay as
+    they are. Means over tokens keep counting every original token. From Bolya et al., Token Merging: Your ViT But
+    Faster, arXiv 2210.09461.
 
     - ``r``: how many tokens to merge in each layer.
-    - ``schedule``: ``constant``; ``linear`` with the slope ``inflect``, from -1 for twice as many in the first layer and none
-      in the last, to 1 for the reverse; ``ratio`` to keep the share ``keep`` of the tokens in each layer.
-    - ``proportional``: attention counts a merged token as often as it stands for original ones; not for models that were
-      trained by masked autoencoding alone, nor during training.
+    - ``schedule``: ``constant``; ``linear`` with the slope ``inflect``, from -1 for twice as many in the first layer
+      and none in the last, to 1 for the reverse; ``ratio`` to keep the share ``keep`` of the tokens in each layer.
+    - ``proportional``: attention counts a merged token as often as it stands for original ones; not for models that
+      were trained by masked autoencoding alone, nor during training.
     """
 
     name: ClassVar[str] = "merge-tokens"

@@ -19,7 +19,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 from trimtab.errors import UsageError
-from trimtab.ir.dims import Call, Dim, bounds, dim_max, evaluate, floordiv, symbol, symbols_of
+from trimtab.ir.dims import Call, Dim, DimExpr, Monomial, bounds, dim_max, evaluate, floordiv, symbol, symbols_of
 
 ALIGNMENT = 64
 """Bytes of which every offset is a multiple."""
@@ -76,6 +76,10 @@ def plan_memory(buffers: Sequence[Buffer], samples: Sequence[Mapping[str, int]] 
     found = [_search(buffers, case, bound, neighbours) for case, bound in zip(cases, live, strict=True)]
     order = min(found, key=excess) if any(live) else found[0]
     starts = _stack_symbolic(order, aligned, neighbours)
+    if starts is None:
+        aligned = [_align_terms(buffer.nbytes) for buffer in buffers]
+        starts = _stack_symbolic(order, aligned, neighbours, above=True)
+        assert starts is not None
     ends = {start + nbytes for several, nbytes in zip(starts, aligned, strict=True) for start in several}
     return MemoryPlan(tuple(map(largest, starts)), largest(_largest_ones(ends)))
 
@@ -100,6 +104,21 @@ def _larger(one: Dim, other: Dim) -> Dim:
 
 def _align(nbytes: Dim) -> Dim:
     return floordiv(nbytes + (ALIGNMENT - 1), ALIGNMENT) * ALIGNMENT
+
+
+def _align_terms(nbytes: Dim) -> Dim:
+    """At least ``nbytes``, and a multiple of the alignment in which every coefficient is one, so that two are compared
+    by their coefficients: the divisions of :func:`_align` are all different for many small tensors."""
+    if isinstance(nbytes, int) or any(isinstance(atom, Call) for monomial, _ in nbytes.terms for atom, _ in monomial):
+        return _align(nbytes)
+    return _polynomial({monomial: -(-number // ALIGNMENT) * ALIGNMENT for monomial, number in nbytes.terms})
+
+
+def _polynomial(coefficients: Mapping[Monomial, int]) -> Dim:
+    total: Dim = 0
+    for monomial, number in coefficients.items():
+        total = total + (DimExpr(((monomial, number),)) if monomial and number else number)
+    return total
 
 
 def _neighbours(buffers: Sequence[Buffer]) -> list[list[int]]:
@@ -164,22 +183,45 @@ def _stack(order: Sequence[int], sizes: Sequence[int], neighbours: Sequence[Sequ
     return offsets
 
 
-def _stack_symbolic(order: Sequence[int], sizes: Sequence[Dim], neighbours: Sequence[Sequence[int]]) -> list[list[Dim]]:
-    """The same for sizes with symbols: an offset is the largest of a list, whose elements have no maximum in them."""
+def _stack_symbolic(
+    order: Sequence[int], sizes: Sequence[Dim], neighbours: Sequence[Sequence[int]], *, above: bool = False
+) -> list[list[Dim]] | None:
+    """The same for sizes with symbols: an offset is the largest of a list, whose elements have no maximum in them.
+
+    Where a list gets long, the answer is None, or with ``above`` something above all in it stands for it.
+    """
     offsets: list[list[Dim]] = [[] for _ in sizes]
     for number in order:
-        ends = {start + sizes[other] for other in neighbours[number] for start in offsets[other]}
-        offsets[number] = _largest_ones(ends) or [0]
+        kept = _not_below({start + sizes[other] for other in neighbours[number] for start in offsets[other]})
+        if len(kept) > _CANDIDATES:
+            if not above:
+                return None
+            kept = [_above(kept)]
+        offsets[number] = kept or [0]
     return offsets
 
 
 def _largest_ones(dims: Iterable[Dim]) -> list[Dim]:
     """Those that are not always below another one; one that is above all if they are many."""
+    kept = _not_below(dims)
+    return kept if len(kept) <= _CANDIDATES else [_above(kept)]
+
+
+def _not_below(dims: Iterable[Dim]) -> list[Dim]:
     kept: list[Dim] = []
     for dim in sorted(set(dims), key=str):
         if not any(_never_negative(other - dim) for other in kept):
             kept = [other for other in kept if not _never_negative(dim - other)] + [dim]
-    return kept if len(kept) <= _CANDIDATES else [reduce(_larger, kept)]
+    return kept
+
+
+def _above(dims: Iterable[Dim]) -> Dim:
+    """A size that is at least each of ``dims``, which are not negative: the largest coefficient of every product."""
+    most: dict[Monomial, int] = {}
+    for dim in dims:
+        for monomial, number in dim.terms if isinstance(dim, DimExpr) else (((), dim),):
+            most[monomial] = max(most.get(monomial, 0), number)
+    return _polynomial(most)
 
 
 @lru_cache(maxsize=1 << 14)

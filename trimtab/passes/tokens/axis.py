@@ -1,7 +1,7 @@
 """Where the axis of tokens goes through an op, and what the op must change when there are fewer of them.
 
-One rule an op class serves both sides: the analysis, which asks whether an op treats tokens one by one, and the rewriting,
-which builds the op again for fewer tokens.
+One rule an op class serves both sides: the analysis, which asks whether an op treats tokens one by one, and the
+rewriting, which builds the op again for fewer tokens.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _split(op: ops.Split, axes: Axes, tokens: Tokens) -> Effect | str:
     return Effect(tuple(results), {"sizes": tuple(sizes)})
 
 
-def _part(axis: Axis, start: Dim, stop: Dim, size: Dim, tokens: Tokens) -> Axis | None | str:
+def _part(axis: Axis, start: Dim, stop: Dim, size: Dim, tokens: Tokens) -> Axis | str | None:
     """The axis of the rows from ``start`` to ``stop`` of ``size``; None where all of them are protected tokens."""
     if not isinstance(start, int) or not isinstance(stop, int):
         return "tokens at positions that are not numbers are read"
@@ -250,6 +250,8 @@ def _reduced(op: Any, axes: Axes, tokens: Tokens) -> Effect | str:
 
 def _attention(op: ops.Attention, axes: Axes, tokens: Tokens) -> Effect | str:
     rank = op.q.type.rank
+    if rank != 4:
+        return f"attention has operands of {rank} axes instead of batch, head, token and channel"
     if any(axis != Axis(op.operands[index].type.rank - 2) for index, axis in axes.items() if index < 3):
         return "the tokens of attention are not its last axis but one"
     queries, keys = 0 in axes, 1 in axes

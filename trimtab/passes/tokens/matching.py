@@ -18,10 +18,10 @@ def key_metric(build: Builder, keys: Value) -> Value:
 
 
 def without_padding(build: Builder, metric: Value, sizes: Value) -> Value:
-    """``metric`` ``[B, N, D]`` of unit length with one channel more, so that padding, tokens of size 0, is like padding only.
+    """``metric`` ``[B, N, D]`` of unit length, and a channel by which padding, tokens of size 0, is like padding only.
 
-    Padding is merged with padding first, before any token is. A token that finds nothing like itself may still be merged
-    into padding, which counts for nothing, and so stays what it is.
+    Padding is merged with padding first, before any token is. A token that finds nothing like itself may still be
+    merged into padding, which counts for nothing, and so stays what it is.
 
     Args:
         build: where ops go.

@@ -30,6 +30,7 @@ class TokenReduction(Pass):
     """
 
     contract: ClassVar[Contract] = Lossy()
+    grows_weights: ClassVar[bool] = True  # by constants that raising computes
     budget: float = 0.0
     layers: tuple[int, ...] = ()
     unmerge: bool = False
@@ -122,7 +123,7 @@ class TokenReduction(Pass):
             raise PassError(
                 "tokens cannot be reduced",
                 values={"because": blocker.reason},
-                rule=f"that is behind the last of {len(stream.layers)} attention layers and needs all {stream.tokens} tokens",
+                rule=f"that is behind the last of {len(stream.layers)} layers and needs all {stream.tokens} tokens",
                 fix=f"give them back there with {self.name}{{unmerge=true}}, or leave the pass out",
                 location=blocker.location,
             )
@@ -141,7 +142,6 @@ class TokenReduction(Pass):
             return count_macs(copy, smallest_sizes(copy.main))
 
         return within_budget(self.budget, stream.layers[first].tokens, stream.protected, len(layers), macs)
-
 
 
 def with_attention(module: Module) -> Module:

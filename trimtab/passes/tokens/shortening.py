@@ -1,8 +1,8 @@
 """Rewriting a graph so that there are fewer tokens from some places on.
 
-One walk over the ops in execution order.  Every value that has a row for each token is replaced by one with fewer rows, at
-the *epoch*, the number of reductions so far, that its operands have reached.  An operand that is behind, such as a mask
-that does not pass through the places, is taken through the reductions that it missed.
+One walk over the ops in execution order.  Every value that has a row for each token is replaced by one with fewer rows,
+at the *epoch*, the number of reductions so far, that its operands have reached.  An operand that is behind, such as a
+mask that does not pass through the places, is taken through the reductions that it missed.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class Place:
     @property
     def q(self) -> Value:
         """The queries ``[B, H, N, D]`` of the layer's attention, at its site or for a reduction of its queries."""
-        return self.present(self.layer.attention.q)
+        return self.present(self.layer.q)
 
     @property
     def k(self) -> Value:
         """The keys ``[B, H, N, D]``, likewise."""
-        return self.present(self.layer.attention.k)
+        return self.present(self.layer.k)
 
     @property
     def v(self) -> Value:
         """The values ``[B, H, N, D]``, likewise."""
-        return self.present(self.layer.attention.v)
+        return self.present(self.layer.v)
 
 
 Reduce = Callable[[Place], Step | None]
@@ -259,7 +259,7 @@ class _Shortening:
         epoch = max((moved.epoch for index, moved in here.items() if index in (1, 2)), default=0)
         q = here[0].value if 0 in here else op.q
         k, v = (
-            self._lifted(here[index], epoch, build, 4).value if index in here else op.operands[index]
+            self._lifted(here[index], epoch, build, 0).value if index in here else op.operands[index]
             for index in (1, 2)
         )
         mask = self._key_mask(op, epoch, build)

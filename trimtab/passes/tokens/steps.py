@@ -23,8 +23,8 @@ class Step(ABC):
         count: how many tokens are left.
         sizes: ``[B, count, 1]``, for how many original tokens each counts in a mean or sum over tokens, 0 for padding;
             None where all count alike.
-        key_mask: what is added to attention scores from here on, ``[B, 1, 1, count]`` floating, or bool: which keys may be
-            attended to. It stands for the model's own key mask as well. None for none.
+        key_mask: what is added to attention scores from here on, ``[B, 1, 1, count]`` floating, or bool: which keys may
+            be attended to. It stands for the model's own key mask as well. None for none.
     """
 
     count: int
@@ -44,8 +44,8 @@ class Step(ABC):
         """
 
     def target(self, build: Builder) -> Value | None:
-        """The row of each of the N tokens, i64 ``[B, N]``, -1 for those that were dropped; None where that is not known,
-        as for tokens that are mixed of all others."""
+        """The row of each of the N tokens, i64 ``[B, N]``, -1 for those that were dropped; None where that is not
+        known, as for tokens that are mixed of all others."""
         return None
 
 

@@ -1,9 +1,9 @@
-"""Finding the tokens of a model by structure: the residual stream, its attention layers, and what prevents that there are
-fewer tokens behind one of them.
+"""Finding the tokens of a model by structure: the residual stream, its attention layers, and what prevents that there
+are fewer tokens behind one of them.
 
-A layer is an attention whose result, through ops that treat tokens one by one, is added to a residual that the queries were
-computed from.  The place where its tokens may be reduced, the *site*, is the sum, or the norm of the sum where nothing
-else reads it.
+A layer is an attention whose result, through ops that treat tokens one by one, is added to a residual that the queries
+were computed from.  The place where its tokens may be reduced, the *site*, is the sum, or the norm of the sum where
+nothing else reads it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Layer:
     """One attention layer of the residual stream.
 
     Attributes:
-        attention: its attention; q, k and v are ``[B, H, N, D]``.
+        attention: its attention.
+        q, k, v: what the attention reads, ``[B, H, N, D]``; kept here, as a rewriting may change what it reads.
         residual: the tokens ``[B, N, C]`` that the attention's result is added to.
         site: ``[B, N, C]``, where tokens can be reduced between attention and MLP.
         blockers: what needs all tokens of the site; empty when they can be reduced.
@@ -59,6 +60,9 @@ class Layer:
     """
 
     attention: ops.Attention
+    q: Value
+    k: Value
+    v: Value
     residual: Value
     site: Value
     blockers: tuple[Blocker, ...] = ()
@@ -78,8 +82,8 @@ class Stream:
 
     Attributes:
         layers: those with a site, in order of execution.
-        protected: leading tokens that are read by their position, or do not come from the input: class, distillation and
-            register tokens.
+        protected: leading tokens that are read by their position, or do not come from the input: class, distillation
+            and register tokens.
         refused: attentions without a site, each with the reason.
     """
 
@@ -133,7 +137,8 @@ def find_stream(module: Module) -> Stream:
             fix="run the group `raise` first; if that finds no attention, the model has none of a form that is known",
         )
     stream = Stream((), 0, (), frozenset(_from_inputs(graph)))
-    layers, refused = [], []
+    layers: list[Layer] = []
+    refused: list[Blocker] = []
     for attention in attentions:
         found = _layer(attention, stream)
         if isinstance(found, Layer) and layers and found.tokens != layers[0].tokens:
@@ -211,7 +216,7 @@ def _at_sum(add: ops.Add, residual: Value, axis: Axis) -> Layer | Blocker:
         return Blocker(add, f"the residual stream is {site.type}, not batch, token and channel")
     if not site.is_output and len(site.users) == 1 and isinstance(site.users[0], ops.LayerNorm | ops.RmsNorm):
         site = site.users[0].results[0]
-    return Layer(attention, residual, site)
+    return Layer(attention, attention.q, attention.k, attention.v, residual, site)
 
 
 def _attention_before(add: ops.Add, residual: Value) -> ops.Attention:
