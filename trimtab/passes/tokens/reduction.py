@@ -12,8 +12,10 @@ from trimtab.ir.core import Module
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Lossy
 from trimtab.passes.samples import count_macs, smallest_sizes
+from trimtab.passes.tokens.budget import MacEstimate
 from trimtab.passes.tokens.schedules import Removals, within_budget
-from trimtab.passes.tokens.shortening import Place, Plan, shorten
+from trimtab.passes.tokens.sensitivity import Drop, sensitivities, within_drop
+from trimtab.passes.tokens.shortening import Place, Plan, Watch, shorten
 from trimtab.passes.tokens.steps import Step
 from trimtab.passes.tokens.stream import Blocker, Layer, Stream, find_stream
 
@@ -25,6 +27,8 @@ class TokenReduction(Pass):
     Options that all of them have:
 
     - ``budget``: the share of the model's multiply-accumulates to use, instead of the pass's own amount; 0 for none.
+    - ``max_drop``: remove as many tokens as lose at most this much of the metric or, where there is none, move the
+      outputs by at most this much on the calibration data, relatively; where, is chosen by how much each layer minds.
     - ``layers``: numbers of the layers that may reduce, from 0; empty for all.
     - ``unmerge``: give ops and outputs that need a row for each token such rows back.
     """
@@ -32,6 +36,7 @@ class TokenReduction(Pass):
     contract: ClassVar[Contract] = Lossy()
     grows_weights: ClassVar[bool] = True  # by constants that raising computes
     budget: float = 0.0
+    max_drop: float = 0.0
     layers: tuple[int, ...] = ()
     unmerge: bool = False
 
@@ -42,6 +47,13 @@ class TokenReduction(Pass):
                 values={"budget": self.budget},
                 rule="the budget is the share of multiply-accumulates to use: between 0 and 1, where 0 stands for none",
                 fix="for example budget=0.6",
+            )
+        if self.max_drop < 0 or (self.max_drop and self.budget):
+            raise UsageError(
+                f"{self.name} got options that do not go together",
+                values={"max_drop": self.max_drop, "budget": self.budget},
+                rule="max_drop is not negative, and chooses the amount as budget does",
+                fix="give one of the two",
             )
 
     @abstractmethod
@@ -81,12 +93,16 @@ class TokenReduction(Pass):
         return False
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        if self.does_nothing() and not self.budget:
+        return self.rewrite(module, ctx)
+
+    def rewrite(self, module: Module, ctx: Context, watch: Watch | None = None) -> Changed:
+        """What ``run`` does, with ``watch`` told about each reduction."""
+        if self.does_nothing() and not self.budget and not self.max_drop:
             return False
         raised = with_attention(module)
         stream = find_stream(raised)
         layers = self._usable(stream, ctx)
-        removals = self._budgeted(raised, stream, layers) if self.budget else self.removals(stream, layers)
+        removals = self._chosen(raised, stream, layers, ctx)
         if not any(removals):
             return False
         permitted = [
@@ -97,7 +113,7 @@ class TokenReduction(Pass):
         if not permitted:
             return False
         plan = self.plan(stream, tuple(removals[layers.index(number)] for number in permitted), permitted)
-        steps = shorten(raised, stream, plan, self.name)
+        steps = shorten(raised, stream, plan, self.name, watch)
         module.assign(raised)
         counts = " ".join(str(step.count) for step in steps)
         ctx.note(f"{stream.tokens} tokens, {stream.protected} protected, become {counts}")
@@ -132,16 +148,44 @@ class TokenReduction(Pass):
             ctx.note(f"layers {', '.join(map(str, kept))} keep their tokens: {blocked[kept[-1]][0]}")
         return usable
 
+    def _chosen(self, module: Module, stream: Stream, layers: Sequence[int], ctx: Context) -> Removals:
+        """How many tokens each of ``layers`` removes, by whichever option says so."""
+        if self.max_drop:
+            return self._bounded(module, stream, layers, ctx)
+        return self._budgeted(module, stream, layers) if self.budget else self.removals(stream, layers)
+
     def _budgeted(self, module: Module, stream: Stream, layers: Sequence[int]) -> Removals:
-        first = layers[0]
+        estimate = MacEstimate(module, stream, self.plan(stream, (1,) * len(layers), layers), layers)
+        full = count_macs(module, smallest_sizes(module.main))
+        share = self.budget
+        while True:  # the estimate leaves out what the reduction itself takes
+            removals = within_budget(share, stream.tokens, stream.protected, len(layers), estimate)
+            reduced = self._reduced(module, removals, layers)
+            taken = count_macs(reduced, smallest_sizes(reduced.main)) / full
+            if taken <= self.budget:
+                return removals
+            share -= max(taken - self.budget, 0.001)
 
-        def macs(removals: Removals) -> float:
-            copy = module.copy()
-            again = find_stream(copy)
-            shorten(copy, again, self.plan(again, removals, layers), self.name)
-            return count_macs(copy, smallest_sizes(copy.main))
+    def _bounded(self, module: Module, stream: Stream, layers: Sequence[int], ctx: Context) -> Removals:
+        drop = Drop(module, ctx, self.name)
 
-        return within_budget(self.budget, stream.layers[first].tokens, stream.protected, len(layers), macs)
+        def reduced(removals: Removals) -> Module:
+            return self._reduced(module, removals, layers)
+
+        found = sensitivities(stream.tokens, stream.protected, len(layers), reduced, drop)
+        removals, measured = within_drop(self.max_drop, stream.tokens, stream.protected, found, reduced, drop)
+        ctx.note(
+            "sensitivity " + ", ".join(f"{number}: {value:.3g}" for number, value in zip(layers, found, strict=True))
+        )
+        ctx.note(f"drop {measured:.3g}, at most {self.max_drop:g} allowed")
+        return removals
+
+    def _reduced(self, module: Module, removals: Removals, layers: Sequence[int]) -> Module:
+        """A copy of ``module`` under a schedule."""
+        copy = module.copy()
+        stream = find_stream(copy)
+        shorten(copy, stream, self.plan(stream, removals, layers), self.name)
+        return copy
 
 
 def with_attention(module: Module) -> Module:
