@@ -14,7 +14,7 @@ from trimtab.passes.contracts import Contract, Lossy
 from trimtab.passes.samples import count_macs, smallest_sizes
 from trimtab.passes.tokens.budget import MacEstimate
 from trimtab.passes.tokens.schedules import Removals, within_budget
-from trimtab.passes.tokens.sensitivity import Drop, sensitivities, within_drop
+from trimtab.passes.tokens.sensitivity import Drop, sensitivities, within_drop, worth
 from trimtab.passes.tokens.shortening import Place, Plan, Watch, shorten
 from trimtab.passes.tokens.steps import Step
 from trimtab.passes.tokens.stream import Blocker, Layer, Stream, find_stream
@@ -88,6 +88,10 @@ class TokenReduction(Pass):
         """What needs the tokens that this pass removes in ``layer``."""
         return layer.blockers
 
+    def default_layers(self, stream: Stream) -> list[int]:
+        """The numbers of the layers that may reduce where the option does not say."""
+        return list(range(len(stream.layers)))
+
     def does_nothing(self) -> bool:
         """Whether the options ask for no reduction, so that the module stays as it is."""
         return False
@@ -121,7 +125,7 @@ class TokenReduction(Pass):
 
     def _usable(self, stream: Stream, ctx: Context) -> list[int]:
         """The numbers of the layers that can be reduced, of those asked for."""
-        asked = list(self.layers) or list(range(len(stream.layers)))
+        asked = list(self.layers) or self.default_layers(stream)
         unknown = [number for number in asked if not 0 <= number < len(stream.layers)]
         if unknown or asked != sorted(set(asked)):
             raise UsageError(
@@ -155,7 +159,7 @@ class TokenReduction(Pass):
         return self._budgeted(module, stream, layers) if self.budget else self.removals(stream, layers)
 
     def _budgeted(self, module: Module, stream: Stream, layers: Sequence[int]) -> Removals:
-        estimate = MacEstimate(module, stream, self.plan(stream, (1,) * len(layers), layers), layers)
+        estimate = self._estimate(module, stream, layers)
         full = count_macs(module, smallest_sizes(module.main))
         share = self.budget
         while True:  # the estimate leaves out what the reduction itself takes
@@ -166,6 +170,9 @@ class TokenReduction(Pass):
                 return removals
             share -= max(taken - self.budget, 0.001)
 
+    def _estimate(self, module: Module, stream: Stream, layers: Sequence[int]) -> MacEstimate:
+        return MacEstimate(module, stream, self.plan(stream, (1,) * len(layers), layers), layers)
+
     def _bounded(self, module: Module, stream: Stream, layers: Sequence[int], ctx: Context) -> Removals:
         drop = Drop(module, ctx, self.name)
 
@@ -173,10 +180,10 @@ class TokenReduction(Pass):
             return self._reduced(module, removals, layers)
 
         found = sensitivities(stream.tokens, stream.protected, len(layers), reduced, drop)
-        removals, measured = within_drop(self.max_drop, stream.tokens, stream.protected, found, reduced, drop)
-        ctx.note(
-            "sensitivity " + ", ".join(f"{number}: {value:.3g}" for number, value in zip(layers, found, strict=True))
-        )
+        weights = worth(found, self._estimate(module, stream, layers))
+        removals, measured = within_drop(self.max_drop, stream.tokens, stream.protected, weights, reduced, drop)
+        listed = ", ".join(f"layer {number} {value:.3g}" for number, value in zip(layers, found, strict=True))
+        ctx.note(f"drop when a layer alone reduces: {listed}")
         ctx.note(f"drop {measured:.3g}, at most {self.max_drop:g} allowed")
         return removals
 

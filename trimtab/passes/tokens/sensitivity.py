@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _PROBED = 8
 """Tokens, as a divisor of their number, that a layer removes alone when its sensitivity is measured."""
-_LEAST = 1e-6
-"""What a layer's sensitivity counts at least."""
+_LEAST = 0.1
+"""What a layer's sensitivity counts at least, of the largest: a layer that minds nothing is not to give all tokens."""
 
 
 class Drop:
@@ -78,28 +78,25 @@ def within_drop(
     bound: float,
     tokens: int,
     protected: int,
-    sensitivity: Sequence[float],
+    weights: Sequence[float],
     reduced: Callable[[Removals], Module],
     drop: Drop,
 ) -> tuple[Removals, float]:
     """The schedule that removes the most tokens with a drop of at most ``bound``, and its drop.
 
-    Layers remove in proportion to the inverse of their sensitivity; how many in all is found by halving, with the drop
-    measured for each number.
-
     Args:
         bound: the largest drop.
         tokens: N before the first layer.
         protected: how many of them are never removed.
-        sensitivity: of each layer that may remove.
+        weights: of each layer that may remove, in proportion to which it does; see :func:`worth`. How many tokens go in
+            all is found by halving, with the drop measured for each number.
         reduced: makes the module under a schedule.
         drop: measures it.
     """
-    shares = [1 / max(value, _LEAST) for value in sensitivity]
-    scale = sum(shares)
+    scale = sum(weights)
 
     def schedule(total: int) -> Removals:
-        return clamped([round(total * share / scale) for share in shares], tokens, protected)
+        return clamped([round(total * weight / scale) for weight in weights], tokens, protected)
 
     low, high, measured = 0, tokens - protected, 0.0
     while low < high:
@@ -110,3 +107,12 @@ def within_drop(
         else:
             high = middle - 1
     return schedule(low), measured
+
+
+def worth(sensitivity: Sequence[float], macs: Callable[[Removals], float]) -> list[float]:
+    """For each layer the multiply-accumulates that a token removed there saves, over the layer's sensitivity."""
+    layers = range(len(sensitivity))
+    least = _LEAST * max(sensitivity) or 1.0
+    full = macs((0,) * len(sensitivity))
+    saved = [full - macs(tuple(int(layer == number) for layer in layers)) for number in layers]
+    return [work / max(value, least) for work, value in zip(saved, sensitivity, strict=True)]
