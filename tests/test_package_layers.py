@@ -48,7 +48,7 @@ ROOMS = {
 LATE_ONLY = {"runtime": frozenset({"iree", "ml_dtypes", "tvm_ffi"}), "": frozenset({"numpy"})}
 """Packages that a room (or the facade, "") may import inside functions only."""
 
-FACADE_PACKAGES = frozenset({"click", "numpy", "onnxruntime", "openvino", "rich", "sklearn", "torch", "typer"})
+FACADE_PACKAGES = frozenset({"PIL", "click", "numpy", "onnxruntime", "openvino", "rich", "sklearn", "torch", "typer"})
 
 TORCH_FILES = frozenset({"cli/demo_model"})
 """Files outside the rooms of torch that define torch modules, and are imported inside functions only."""
@@ -117,7 +117,7 @@ def _complaint(room: str, imported: str, at_import: bool, file: str = "") -> str
         packages = ROOMS[room].packages
     if top not in packages:
         return f"of the installed packages it may import {', '.join(sorted(packages))}"
-    heavy = frozenset({"onnxruntime", "openvino", "sklearn", "torch"}) if room in ("", "cli") else frozenset()
+    heavy = frozenset({"PIL", "onnxruntime", "openvino", "sklearn", "torch"}) if room in ("", "cli") else frozenset()
     heavy -= {"torch"} if file in TORCH_FILES else frozenset()
     if at_import and top in LATE_ONLY.get(room, frozenset()) | heavy:
         return f"{top} may be imported inside functions only"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.cli.command_options import DebugOption, JsonOption, split_counts
+from trimtab.errors import UsageError
 
 
 def inspect_command(
@@ -20,7 +21,27 @@ def inspect_command(
             show_default=False,
         ),
     ],
+    image: Annotated[
+        Path | None,
+        typer.Argument(metavar="[IMAGE]", help="With --tokens: draw what --passes do to this picture's patches."),
+    ] = None,
     ops: Annotated[bool, typer.Option("--ops", help="Print the text of the IR instead.")] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Show where tokens can be reduced, and why not elsewhere, instead.")
+    ] = False,
+    passes: Annotated[
+        str | None,
+        typer.Option(metavar="PIPELINE", help="With IMAGE: the reduction to draw, such as merge-tokens{r=13}."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="With IMAGE: write the drawing here.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="M", help="With IMAGE: of the model's pixels, one or a channel; 0.5.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="S", help="With IMAGE: their standard deviation, likewise; 0.5.")
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Of an artifact, count ops, MACs and parameters too, which needs torch.")
     ] = False,
@@ -34,8 +55,16 @@ def inspect_command(
     debug: DebugOption = False,
 ) -> None:
     """Show signature, ops, MACs, parameters and bytes of a model; of an artifact also target, passes and versions."""
+    from trimtab.cli.inspect_tokens import TokenOptions, inspect_tokens, print_tokens
+
+    options = TokenOptions(image, passes, output, mean, std)
+    options.check(tokens)
+    if tokens and (ops or full or size):
+        raise UsageError("--tokens goes with none of --ops, --full and --size", fix="ask for one at a time")
     sizes = split_counts("--size", size or (), "batch=8")
-    if Path(model).suffix == ".trim":
+    if tokens:
+        document = inspect_tokens(model, options)
+    elif Path(model).suffix == ".trim":
         document = _inspect_artifact(Path(model), ops, full, sizes)
     else:
         document = _inspect_module(model, ops, sizes)
@@ -43,6 +72,8 @@ def inspect_command(
         from trimtab.cli.output import print_json
 
         print_json(document)
+    elif tokens:
+        print_tokens(document)
     elif ops:
         print(document["text"].rstrip("\n"))
     else:

@@ -31,6 +31,7 @@ class Place:
     Attributes:
         build: puts ops right behind the place.
         number: of the layer.
+        depth: how many layers there are.
         layer: the layer, in the original graph.
         x: the tokens ``[B, N, C]``.
         protected: how many leading tokens must stay in front.
@@ -42,6 +43,7 @@ class Place:
 
     build: Builder
     number: int
+    depth: int
     layer: Layer
     x: Value
     protected: int
@@ -76,6 +78,9 @@ class Place:
 Reduce = Callable[[Place], Step | None]
 """Makes a reduction at a place, or none."""
 
+Watch = Callable[[Place, Step], None]
+"""Told about each reduction that was made, with ops still to be put at its place."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,11 +90,14 @@ class Plan:
         at: reductions of tokens, at the residual or the site of a layer.
         queries: reductions inside of an attention, by the attention: of its queries and of the residual.
         unmerge: ops and outputs that need all tokens get them back.
+        whole: ops that get all tokens back although they could do with fewer, so that rows come back before them
+            instead of at the first op behind them that needs them all.
     """
 
     at: Mapping[Value, tuple[int, Reduce]]
     queries: Mapping[Op, tuple[int, Reduce]]
     unmerge: bool = False
+    whole: frozenset[Op] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -101,22 +109,23 @@ class _Moved:
     epoch: int
 
 
-def shorten(module: Module, stream: Stream, plan: Plan, made_by: str) -> list[Step]:
+def shorten(module: Module, stream: Stream, plan: Plan, made_by: str, watch: Watch | None = None) -> list[Step]:
     """Rewrite ``module.main`` by ``plan``, in place, and say which reductions were made, in order.
 
     Raises:
         PassError: an op or output needs all tokens, and the plan does not give them back.
     """
-    return _Shortening(module, stream, plan, made_by).run()
+    return _Shortening(module, stream, plan, made_by, watch).run()
 
 
 class _Shortening:
-    def __init__(self, module: Module, stream: Stream, plan: Plan, made_by: str) -> None:
+    def __init__(self, module: Module, stream: Stream, plan: Plan, made_by: str, watch: Watch | None) -> None:
         self._module = module
         self._graph = module.main
         self._stream = stream
         self._plan = plan
         self._made_by = made_by
+        self._watch = watch
         self._steps: list[Step] = []
         self._moved: dict[Value, _Moved] = {}
         self._sizes: Value | None = None
@@ -149,14 +158,17 @@ class _Shortening:
     def _reduce_at(self, value: Value, build: Builder) -> None:
         number, reduce = self._plan.at[value]
         now = self._now(value, Axis(1), build)
-        step = reduce(self._place(number, build, now.value))
+        place = self._place(number, build, now.value)
+        step = reduce(place)
         if step is not None:
-            self._made(step)
+            self._made(place, step)
             self._moved[value] = _Moved(step.shorten(build, now.value), Axis(1), len(self._steps))
 
-    def _made(self, step: Step) -> None:
+    def _made(self, place: Place, step: Step) -> None:
         self._steps.append(step)
         self._sizes = step.sizes
+        if self._watch is not None:
+            self._watch(place, step)
 
     def _place(self, number: int, build: Builder, x: Value) -> Place:
         layer = self._stream.layers[number]
@@ -167,7 +179,8 @@ class _Shortening:
             self._sizes = self._key_weights(mask, build)
         key_mask = self._steps[-1].key_mask if self._steps else mask if padded else None
         protected = self._stream.protected
-        return Place(build, number, layer, x, protected, self._sizes, key_mask, padded, self._present)
+        depth = len(self._stream.layers)
+        return Place(build, number, depth, layer, x, protected, self._sizes, key_mask, padded, self._present)
 
     def _present(self, value: Value) -> Value:
         return self._moved[value].value if value in self._moved else value
@@ -193,7 +206,8 @@ class _Shortening:
         step = self._steps[epoch - 1]
         if mask is None or self._is_key_mask(mask):
             return step.key_mask
-        own = self._lifted(_Moved(mask, Axis(mask.type.rank - 1), 0), epoch, build, attention.q.type.rank).value
+        side = _Moved(mask, Axis(mask.type.rank - 1), 0)
+        own = self._lifted(side, epoch, build, attention.q.type.rank, side=True).value
         if step.key_mask is None:
             return own
         return _both(build, own, step.key_mask)
@@ -211,6 +225,9 @@ class _Shortening:
             here = self._reduce_queries(op, here, build)
         if not here:
             return
+        if op in self._plan.whole:
+            self._give_back(op, here, "it is to read all tokens", build)
+            return
         epoch = _reached(op, here)
         counts = self._stream.counting(self._count(epoch))
         effect = follow(op, {index: moved.axis for index, moved in here.items()}, counts)
@@ -226,7 +243,7 @@ class _Shortening:
             for index, axis in effect.sides.items():
                 rank = max(result.type.rank for result in op.results)
                 side = _Moved(op.operands[index], axis, 0)
-                operands[index] = self._lifted(side, epoch, build, rank if op.elementwise else 0).value
+                operands[index] = self._lifted(side, epoch, build, rank if op.elementwise else 0, side=True).value
             if effect.averages and self._sizes_at(epoch) is not None:
                 self._replace(op, effect, [self._average(op, here[0], epoch, build)], epoch)
                 return
@@ -246,11 +263,12 @@ class _Shortening:
         number, reduce = self._plan.queries[op]
         layer = self._stream.layers[number]
         residual = self._now(layer.residual, Axis(1), build)
-        step = reduce(self._place(number, build, residual.value))
+        place = self._place(number, build, residual.value)
+        step = reduce(place)
         if step is None:
             return here
         queries = here.get(0, _Moved(op.q, Axis(2), 0))
-        self._made(step)
+        self._made(place, step)
         return {**here, 0: self._lifted(queries, len(self._steps), build, 4),
                 **{index: here.get(index, _Moved(op.operands[index], Axis(2), 0)) for index in (1, 2)}}  # fmt: skip
 
@@ -294,8 +312,11 @@ class _Shortening:
 
     # -- operands that are behind, and rows that come back ------------------------------------------------------
 
-    def _lifted(self, moved: _Moved, epoch: int, build: Builder, rank: int) -> _Moved:
-        """``moved`` after the reductions up to ``epoch``; with at least ``rank`` axes, as broadcasting adds them."""
+    def _lifted(self, moved: _Moved, epoch: int, build: Builder, rank: int, side: bool = False) -> _Moved:
+        """``moved`` after the reductions up to ``epoch``; with at least ``rank`` axes, as broadcasting adds them.
+
+        ``side`` is for what belongs to tokens without being computed from them.
+        """
         if moved.epoch == epoch:
             return moved
         wide = moved.value
@@ -306,7 +327,8 @@ class _Shortening:
         rows = _Rows(build, wide, axis, self._rows.type.shape[0])
         value = rows.canonical
         for number in range(moved.epoch, epoch):
-            value = self._steps[number].shorten(build, value)
+            step = self._steps[number]
+            value = step.shorten_side(build, value) if side else step.shorten(build, value)
         return _Moved(rows.back(value), axis, epoch)
 
     def _restored(self, moved: _Moved, build: Builder) -> Value:

@@ -35,6 +35,10 @@ class Step(ABC):
     def shorten(self, build: Builder, y: Value) -> Value:
         """Rows of y ``[B, N, C]`` as ``[B, count, C]``."""
 
+    def shorten_side(self, build: Builder, y: Value) -> Value:
+        """Rows of y ``[B, N, C]`` that belong to tokens without being computed from them, such as a mask."""
+        return self.shorten(build, y)
+
     @abstractmethod
     def restore(self, build: Builder, y: Value) -> Value:
         """Rows y ``[B, count, C]`` for all N tokens again, ``[B, N, C]``.
@@ -88,23 +92,29 @@ class MergeStep(Step):
         return self.assignment.target
 
 
-class FuseStep(Step):
-    """Tokens that are kept, and one that is the weighted sum of the others."""
+class FuseStep(MergeStep):
+    """Tokens that are kept, and one that is the sum of the others times their weights.
 
-    def __init__(self, weighted: WeightedAssignment, sizes: Value | None, key_mask: Value | None) -> None:
+    In means over tokens the fused one counts as all those that it stands for. What belongs to tokens without being
+    computed from them, such as a mask, has no weights: the fused token has its mean, by size.
+
+    Args:
+        place: where.
+        weighted: which tokens are kept, and the weights of the others.
+    """
+
+    def __init__(self, place: Place, weighted: WeightedAssignment) -> None:
+        super().__init__(place, weighted.assignment, proportional=False)
         self.weighted = weighted
-        self.count = weighted.assignment.count
-        self.sizes = sizes
-        self.key_mask = key_mask
 
     def shorten(self, build: Builder, y: Value) -> Value:
-        return self.weighted.fuse(build, y)
+        weights = self.weighted.weights
+        if y.type.dtype is not weights.type.dtype:
+            weights = build(Cast(weights, dtype=y.type.dtype))
+        return WeightedAssignment(self.assignment, weights).fuse(build, y)
 
-    def restore(self, build: Builder, y: Value) -> Value:
-        return self.weighted.assignment.unmerge(build, y)
-
-    def target(self, build: Builder) -> Value:
-        return self.weighted.assignment.target
+    def shorten_side(self, build: Builder, y: Value) -> Value:
+        return super().shorten(build, y)
 
 
 class SelectStep(Step):
