@@ -1,11 +1,13 @@
-"""Runs the backend node tests that ship in the onnx package through the ONNX frontend and the reference interpreter.
+"""Runs the backend node tests that ship in the onnx package through the ONNX frontend and the reference interpreter, or
+through the code of a backend.
 
     python benchmarks/onnx_node_tests.py [--quick] [--json FILE] [--write-docs] [--only TEXT] [--verbose]
+                                         [--backend interpreter|tvm|mlir]
 
 Eligible are the cases of the default domain whose inputs and outputs are plain tensors: no sequences, optionals or
 strings, no training or random operators.  Each is imported, verified, interpreted and compared with the outputs that
-the package gives.  An outcome is ``passed``; ``refused``, when the import ends in an error of Trimtab's; or ``wrong``:
-results that differ, or any other exception.
+the package gives.  An outcome is ``passed``; ``refused``, when the import, or the backend's check of what it can
+compile, ends in an error of Trimtab's; or ``wrong``: results that differ, or any other exception.
 
 Inputs that hold shapes, axes, counts and other things that must be known when a model is imported are fixed with
 ``from_onnx(..., constants=...)``; the table counts the cases for which that was necessary.
@@ -16,8 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from trimtab.errors import ImportModelError, TrimtabError
+from trimtab.compiler import BACKENDS
+from trimtab.errors import ImportModelError, TrimtabError, UnsupportedByBackendError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "onnx-support.md"
 TENSOR = "tensor_type"
@@ -84,14 +89,17 @@ def _all_nodes(graph: Any) -> list[Any]:
     return nodes
 
 
-def run_case(case: Any) -> Result:
-    """Import, verify, interpret and compare one case."""
+INTERPRETER = "interpreter"
+
+
+def run_case(case: Any, backend: str = INTERPRETER) -> Result:
+    """Import, verify, evaluate and compare one case."""
     operators = sorted({node.op_type for node in case.model.graph.node})
     result = Result(case.name, operators, "passed")
     try:
         for inputs, outputs in case.data_sets:
-            _run_data_set(case, inputs, outputs, result)
-    except ImportModelError as error:
+            _run_data_set(case, inputs, outputs, result, backend)
+    except (ImportModelError, UnsupportedByBackendError) as error:
         result.outcome, result.error = "refused", error.message
     except TrimtabError as error:
         result.outcome, result.error = "wrong", f"{type(error).__name__}: {error.message}"
@@ -102,9 +110,9 @@ def run_case(case: Any) -> Result:
     return result
 
 
-def _run_data_set(case: Any, inputs: list[Any], outputs: list[Any], result: Result) -> None:
+def _run_data_set(case: Any, inputs: list[Any], outputs: list[Any], result: Result, backend: str) -> None:
     from trimtab.frontend.onnx import from_onnx
-    from trimtab.ir import interpret, verify
+    from trimtab.ir import verify
 
     names = [info.name for info in case.model.graph.input]
     given = dict(zip(names, map(_array, inputs), strict=False))
@@ -120,7 +128,7 @@ def _run_data_set(case: Any, inputs: list[Any], outputs: list[Any], result: Resu
             fixed.extend(wanted)
     result.fixed = fixed
     verify(module)
-    found = interpret(module, {value.name: _tensor(given[value.name]) for value in module.main.inputs})
+    found = _evaluated(module, {value.name: _tensor(given[value.name]) for value in module.main.inputs}, backend)
     rtol = getattr(case, "rtol", RTOL) or RTOL
     atol = getattr(case, "atol", ATOL) or ATOL
     expected = [_array(output) for output in outputs]
@@ -132,6 +140,25 @@ def _run_data_set(case: Any, inputs: list[Any], outputs: list[Any], result: Resu
         left, right = _comparable(array), _comparable(wanted)
         np.testing.assert_allclose(left, right, rtol=max(rtol, HALF_RTOL.get(wanted.dtype.name, 0.0)), atol=atol)
         result.close &= bool(np.allclose(left, right, rtol=1e-5, atol=1e-7, equal_nan=True))
+
+
+def _evaluated(module: Any, inputs: dict[str, Any], backend: str) -> Sequence[Any]:
+    """The outputs as tensors, of the interpreter or of compiled code."""
+    import torch
+
+    import trimtab
+
+    if backend == INTERPRETER:
+        return trimtab.interpret(module, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        made = trimtab.compile(module, target="native", backend=backend, threads=1, include_runtime=False)
+        with trimtab.load(made.save(Path(folder) / "case.trim", check=False)) as session:
+            outputs = session(**inputs)
+            listed = list(outputs) if len(module.main.outputs) > 1 else [outputs]
+            tensors = [torch.from_numpy(np.array(output)) for output in listed]
+    types = [value.type.dtype.to_torch() for value in module.main.outputs]
+    # Sessions give bfloat16 as the bits, in the unsigned type of numpy.
+    return [x.view(dtype) if dtype is torch.bfloat16 else x for x, dtype in zip(tensors, types, strict=True)]
 
 
 def _array(data: Any) -> Any:
@@ -252,11 +279,12 @@ def main() -> int:
     parser.add_argument("--write-docs", action="store_true", help=f"write docs/{DOCS.name}")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print every case that did not pass")
+    parser.add_argument("--backend", choices=[INTERPRETER, *BACKENDS], default=INTERPRETER, help="what computes")
     options = parser.parse_args()
     cases = [case for case in collect() if options.only in case.name]
     results = []
     for case in cases[::8] if options.quick else cases:
-        results.append(run_case(case))
+        results.append(run_case(case, options.backend))
         if options.verbose and results[-1].outcome != "passed":
             print(f"{results[-1].outcome:8} {case.name}: {results[-1].error.splitlines()[0][:300]}")
     print(table(results))
