@@ -3,10 +3,10 @@
     python benchmarks/mlir_emission.py [--runs 20] [--threads 2] [--json FILE]
     python benchmarks/mlir_emission.py --large aarch64 [--backend tvm --backend mlir]
 
-The first form compiles DeiT-S with float32 weights in two ways: the linalg that torch-mlir's exporter writes, compiled by
-IREE for this processor, and ``trimtab.compile(backend="mlir")``. Both are checked against eager PyTorch and called in
-turns. The second form compiles ViT-L/16 for a target with each backend, every one in a process of its own, and prints the
-seconds and the most memory that the process and those that it started had.
+The first form compiles DeiT-S with float32 weights in two ways: the linalg that torch-mlir's exporter writes, compiled
+by IREE for this processor, and ``trimtab.compile(backend="mlir")``. Both are checked against eager PyTorch and called in
+turns. The second form compiles ViT-L/16 for a target with each backend, every one in a process of its own, and prints
+the seconds and the most memory that the process and those that it started had.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def compare(runs: int, threads: int) -> list[dict[str, Any]]:
         for label, of in times.items()
     ]
     for row in rows:
-        print(f"{row['way']:24s} median {row['median_ms']:7.1f} ms, best {row['best_ms']:7.1f} ms, error {row['error']:.1e}")
+        median, best, error = (row[name] for name in ("median_ms", "best_ms", "error"))
+        print(f"{row['way']:24s} median {median:7.1f} ms, best {best:7.1f} ms, error {error:.1e}")
     first, second = rows
     print(f"ratio: {first['median_ms'] / second['median_ms']:.2f} (best {first['best_ms'] / second['best_ms']:.2f})")
     return rows
