@@ -53,6 +53,18 @@ def inputs(rows: int, depth: int, dtype: DType) -> torch.Tensor:
     return torch.randn(rows, depth, generator=torch.Generator().manual_seed(rows)).to(dtype.to_torch())
 
 
+@pytest.mark.parametrize(
+    ("panels", "threads", "together"), [(6, 2, 3), (12, 2, 3), (24, 2, 4), (12, 1, 4), (6, 4, 2), (7, 2, 4), (1, 2, 1)]
+)
+def test_no_thread_gets_more_panels_than_one_by_one(panels: int, threads: int, together: int) -> None:
+    from trimtab.backends.tvm.codegen.depth_parts import PANELS_TOGETHER, panels_together
+
+    held = panels_together(panels, threads, PANELS_TOGETHER)
+    tasks = -(-panels // held)
+    assert held == together
+    assert min(panels, -(-tasks // threads) * held) == -(-panels // threads)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "stored"), [(DType.F32, DType.F32), (DType.BF16, DType.BF16), (DType.F32, DType.F16)], ids=str

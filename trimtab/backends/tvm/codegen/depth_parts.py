@@ -79,6 +79,16 @@ def _element_bytes(kernel: ContractionKernel) -> int:
     return kernel.machine.element_bytes(kernel.a_rows.dtype)
 
 
+def panels_together(panels: int, threads: int, most: int) -> int:
+    """How many panels a task takes: most of those numbers with which the thread of most panels has fewest.
+
+    Threads get equal numbers of tasks, but the last task may have fewer panels: six panels are two tasks of four, of
+    which one has two, and then one of two threads computes two thirds.
+    """
+    busiest = {held: min(panels, -(-(-(-panels // held)) // threads) * held) for held in range(1, min(most, panels) + 1)}
+    return min(busiest, key=lambda held: (busiest[held], -held))
+
+
 def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
     """A few panels per task; each ``step`` of the depth is added to the sums of all of them before the next one."""
     assert kernel.products is not None
@@ -90,8 +100,7 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
     tiles_of_block = -(-tiles // blocks)
     # Only where the parts are there for the rows of A does it help to take several panels before the next part.
     most = 1 if blocks > 1 or _parts_of_cache(kernel) == 1 else PANELS_TOGETHER
-    # Threads get equal numbers of tasks if that is possible.
-    together = max(range(1, most + 1), key=lambda held: (-(-panels // held) % threads == 0, held))
+    together = panels_together(panels, threads, most)
     groups, before_last = -(-panels // together), (depth - 1) // step
 
     def group_of_panels(block: Expr, group: Expr) -> Stmt:
