@@ -99,6 +99,9 @@ class Pass(ABC):
     """Properties that no longer hold after this pass."""
     grows_weights: ClassVar[bool] = False
     """Whether the pass may increase the module's unique weight bytes."""
+    changes_signature: ClassVar[bool] = False
+    """Whether the pass adds inputs and outputs. Results are then compared on what :meth:`inputs_after` gives, for the
+    outputs that the module has before and after."""
 
     @abstractmethod
     def run(self, module: Module, ctx: Context) -> Changed:
@@ -107,6 +110,11 @@ class Pass(ABC):
         Raises:
             TrimtabError: the pass cannot do its work; whatever it raises is reported as the failure of this pass.
         """
+
+    def inputs_after(self, before: Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Inputs of the module after the pass that stand for ``inputs`` of the module ``before``; a pass that
+        declares ``changes_signature`` overrides it. Samples and calibration batches become these."""
+        return inputs
 
     def __str__(self) -> str:
         return self.name + print_options(self)

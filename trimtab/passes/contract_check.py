@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -81,6 +82,15 @@ class ContractCheck(Observer):
         contract = step.pass_.contract
         if not step.row.changed or self._mode == "never":
             return
+        if step.pass_.changes_signature:
+            self._flush()
+            with counted(step.row):
+                behind = list(_samples_behind(step, self._samples))
+                self._check([step], step.before, step.after, behind)
+            self._samples = behind
+            if step.ctx.metric is not None:
+                step.row.notes.append("the metric was not asked: the pass changes what the module takes and gives")
+            return
         if isinstance(contract, Exact):
             if self._mode == "always" and self._samples_for(contract):
                 self._pending.append(step)
@@ -132,22 +142,33 @@ class ContractCheck(Observer):
                 self._check([step], step.before, step.after)
             raise
 
-    def _check(self, steps: Sequence[Step], first: Module, last: Module) -> None:
-        """Compare ``first`` with ``last``, what ``steps``, all of one contract, made of it."""
+    def _check(
+        self, steps: Sequence[Step], first: Module, last: Module, behind: Sequence[Sample] | None = None
+    ) -> None:
+        """Compare ``first`` with ``last``, what ``steps``, all of one contract, made of it.
+
+        ``behind`` are the samples for ``last`` where those for ``first`` do not fit it.
+        """
         contract = steps[0].pass_.contract
-        unchanged = same_expressions(first, last)
+        unchanged = behind is None and same_expressions(first, last)
+        for_last = None if behind is None else {sample.name: sample for sample in behind}
         worst = Drift(where="any output: all are the same expressions") if unchanged else None
         unusable: dict[str, None] = {}
         for sample in () if unchanged else self._samples_for(contract):
+            if for_last is not None and sample.name not in for_last:
+                continue
             for precision in contract.precisions:
                 before = self._evaluated.outputs(first, sample, precision)
                 if isinstance(before, TrimtabError):
                     unusable[_unusable(sample, before, steps[-1].ctx)] = None
                     break
-                after = self._evaluated.outputs(last, sample, precision)
+                after = self._evaluated.outputs(last, sample if for_last is None else for_last[sample.name], precision)
                 if isinstance(after, TrimtabError):
                     raise _breach(steps, sample, f"the module can no longer be evaluated: {after.what}", after)
                 names = first.main.output_names
+                if for_last is not None:
+                    named = dict(zip(last.main.output_names, after, strict=True))
+                    after = tuple(named[name] for name in names if name in named)
                 for index, drift in enumerate(output_drifts(names, before, after, sample, precision)):
                     if not (contract.holds(drift) or self._amplified(first, contract, sample, index, drift)):
                         raise _breach(steps, sample, f"drift is {drift} at {drift.where}")
@@ -206,6 +227,15 @@ class _Evaluations:
                 return known
         self._modules = [*self._modules[-1:], (module, {})]
         return self._modules[-1][1]
+
+
+def _samples_behind(step: Step, samples: Sequence[Sample]) -> Iterator[Sample]:
+    """The samples for the module after a pass that changes the signature, without those that cannot be evaluated."""
+    for sample in samples:
+        try:
+            yield replace(sample, inputs=step.pass_.inputs_after(step.before, sample.inputs))
+        except TrimtabError as error:
+            step.row.notes.append(_unusable(sample, error, step.ctx))
 
 
 def _unusable(sample: Sample, error: TrimtabError, ctx: Context) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trimtab.errors import ContractError, PassError, TrimtabError
@@ -132,6 +133,9 @@ class _Run:
             raise _failure(step, error) from error
         if row.changed:
             self._module = after
+            if pass_.changes_signature and self._ctx.calibration:
+                batches = tuple(pass_.inputs_after(before, batch) for batch in self._ctx.calibration)
+                self._ctx = replace(self._ctx, calibration=batches)
         else:
             self._copy = after
         return row.changed
