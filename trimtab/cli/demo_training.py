@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,13 @@ def load_digits(seed: int = 0) -> Digits:
     return Digits(train_images, train_labels, held_out_images, held_out_labels)
 
 
-def train(digits: Digits, epochs: int, seed: int, progress: Callable[[float], None]) -> DigitTransformer:
+def train(
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    progress: Callable[[float], None],
+    options: Mapping[str, Any] | None = None,
+) -> DigitTransformer:
     """Train on the training part alone; its held-out part is for the final figures and chooses nothing.
 
     Args:
@@ -63,6 +69,7 @@ def train(digits: Digits, epochs: int, seed: int, progress: Callable[[float], No
         epochs: passes over the training images.
         seed: seed of the initial parameters, the order and the views of the images.
         progress: called with the fraction of the training that is done.
+        options: arguments of the model, where they are not its defaults.
 
     Returns:
         The model in eval mode.
@@ -74,25 +81,25 @@ def train(digits: Digits, epochs: int, seed: int, progress: Callable[[float], No
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DigitTransformer()
-    generator = torch.Generator().manual_seed(seed)
-    images, labels = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.05)
-    steps = epochs * -(-len(images) // _BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.2)
-    for epoch in range(epochs):
-        progress(epoch / epochs)
-        for batch in torch.randperm(len(images), generator=generator).split(_BATCH):
-            logits = model(_random_views(images[batch], generator))
-            loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        model = DigitTransformer(**(options or {}))
+        generator = torch.Generator().manual_seed(seed)
+        images, labels = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.05)
+        steps = epochs * -(-len(images) // _BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.2)
+        for epoch in range(epochs):
+            progress(epoch / epochs)
+            for batch in torch.randperm(len(images), generator=generator).split(_BATCH):
+                logits = model(random_views(images[batch], generator))
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     return model.eval()
 
 
-def _random_views(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def random_views(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each image slightly turned, scaled and shifted; what comes in from outside is background (-1)."""
     import torch
     import torch.nn.functional as F
