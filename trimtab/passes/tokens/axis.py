@@ -105,8 +105,11 @@ def _matmul(op: ops.Matmul, axes: Axes, tokens: Tokens) -> Effect | str:
     if len(axes) > 1:
         return "matmul combines tokens with tokens, as an attention that was not recognised does"
     ((index, axis),) = axes.items()
-    rank = op.operands[index].type.rank
+    rank, other = op.operands[index].type.rank, op.operands[1 - index].type
     kept = rank - 2 if index == 0 else rank - 1
+    from_end = rank - axis.dim
+    if rank > 2 and from_end > 2 and (other.rank < from_end or other.shape[other.rank - from_end] == 1):
+        return Effect((Axis(op.result.type.rank - from_end, axis.first),))
     if rank < 2 or axis.dim != kept:
         return "matmul sums over tokens, or has a matrix for each of them"
     return Effect((Axis(op.result.type.rank - (2 if index == 0 else 1), axis.first),))
