@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar
 
 from trimtab.errors import PassError, UsageError
@@ -237,10 +238,10 @@ class ClusterTokens(TokenReduction):
 def _sides_up_to(grid: Side, ratio: Sequence[int]) -> list[Side]:
     """Sides of fewer clusters than ``grid`` has, rising, nearly in ``ratio`` (none: that of the grid)."""
     rows, columns = ratio or grid
-    scale = min(grid[0] / rows, grid[1] / columns)
-    steps = max(grid)
+    scale = min(Fraction(grid[0], rows), Fraction(grid[1], columns))
+    steps = 2 * max(grid)  # one side grows after the other
     sides = [
-        (max(1, round(rows * scale * step / steps)), max(1, round(columns * scale * step / steps)))
+        (math.ceil(rows * scale * step / steps), max(1, int(columns * scale * step / steps)))
         for step in range(1, steps + 1)
     ]
     return [side for side in dict.fromkeys(sides) if side != grid]
