@@ -9,7 +9,24 @@ from trimtab.errors import UsageError
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.ops import Add, Full, Lt, Matmul, Mean, Minimum, Mul, Permute, Reshape, Softmax, Where
+from trimtab.ir.ops import (
+    Add,
+    Cast,
+    Div,
+    Full,
+    Gt,
+    Lt,
+    Matmul,
+    Maximum,
+    Mean,
+    Minimum,
+    Mul,
+    Permute,
+    Reshape,
+    Softmax,
+    Sum,
+    Where,
+)
 from trimtab.passes.tokens.assignment import Assignment, identity
 from trimtab.passes.tokens.rows import column, inverse, joined, numbers, ranking, span, token_count
 from trimtab.passes.tokens.selection import Selection, WeightedAssignment
@@ -28,7 +45,7 @@ def class_scores(
         k: ``[B, G, N, D]``, H a multiple of G.
         scale: what the products are multiplied by before the softmax.
         protected: how many leading tokens get no score.
-        mask: ``[B, 1, 1, N]``, added to the scaled products.
+        mask: ``[B, 1, 1, N]``, added to the scaled products, or bool: which keys may be attended to.
 
     Returns:
         ``[B, N - protected]``, not normalised again after the protected tokens are left out.
@@ -47,10 +64,17 @@ def class_rows(build: Builder, q: Value, k: Value, scale: float, mask: Value | N
 
 
 def received_scores(
-    build: Builder, q: Value, k: Value, scale: float, protected: int = 0, mask: Value | None = None
+    build: Builder,
+    q: Value,
+    k: Value,
+    scale: float,
+    protected: int = 0,
+    mask: Value | None = None,
+    sizes: Value | None = None,
 ) -> Value:
     """How much attention each token gets: the mean over heads and queries of its column. For models without a class
-    token. Takes what :func:`class_scores` does and computes the whole attention matrix.
+    token. Takes what :func:`class_scores` does and computes the whole attention matrix; with ``sizes`` ``[B, N, 1]``,
+    queries of size 0, which are padding, do not count.
 
     Raises:
         UsageError: q and k have different numbers of heads.
@@ -61,16 +85,33 @@ def received_scores(
             values={"q": q.type, "k": k.type},
             rule="q and k need as many heads as one another",
         )
-    columns = build(Mean(_attention(build, q, k, scale, mask), dims=(1, 2)))
+    matrix = _attention(build, q, k, scale, mask)
+    if sizes is None:
+        columns = build(Mean(matrix, dims=(1, 2)))
+    else:
+        rows = build(Mean(matrix, dims=(1,)))
+        counts = build(Cast(build(Gt(sizes, build.scalar(0.0, sizes.type.dtype))), dtype=q.type.dtype))
+        number = build(Maximum(build(Sum(counts, dims=(1,))), build.scalar(1.0, q.type.dtype)))
+        columns = build(Div(build(Sum(build(Mul(rows, counts)), dims=(1,))), number))
     return span(build, columns, protected)
 
 
 def _attention(build: Builder, q: Value, k: Value, scale: float, mask: Value | None) -> Value:
     products = build(Matmul(q, build(Permute(k, dims=(0, 1, 3, 2)))))
     logits = build(Mul(products, build.scalar(scale, q.type.dtype)))
-    if mask is not None:
+    if mask is not None and mask.type.dtype is DType.BOOL:
+        logits = build(Where(mask, logits, build.scalar(float("-inf"), q.type.dtype)))
+    elif mask is not None:
         logits = build(Add(logits, mask))
     return build(Softmax(logits, dim=3))
+
+
+def padding_last(build: Builder, scores: Value, sizes: Value) -> Value:
+    """``scores`` ``[B, K]``, with -1 for padding: the last K tokens of ``sizes`` ``[B, N, 1]`` that have size 0."""
+    batch, count = scores.type.shape
+    own = span(build, sizes, token_count(sizes) - token_count(scores))
+    present = build(Gt(build(Reshape(own, shape=(batch, count))), build.scalar(0.0, sizes.type.dtype)))
+    return build(Where(present, scores, build.scalar(-1.0, scores.type.dtype)))
 
 
 def kept_tokens(keep: float, tokens: int, protected: int = 1) -> int:
@@ -87,7 +128,7 @@ def keep_and_fuse(build: Builder, scores: Value, keep: int, protected: int = 1) 
 
     Args:
         build: where ops go.
-        scores: ``[B, N - protected]``.
+        scores: ``[B, N - protected]``; one below 0, see :func:`padding_last`, adds nothing to the fused token.
         keep: K; with all of them nothing is fused and the result is the identity.
         protected: how many leading tokens, which have no score, are kept.
 
@@ -103,7 +144,8 @@ def keep_and_fuse(build: Builder, scores: Value, keep: int, protected: int = 1) 
     rank = inverse(build, ranking(build, scores))
     limit = build.scalar(keep, DType.I64)
     row = build(Add(build(Minimum(rank, limit)), build.scalar(protected, DType.I64)))
-    weight = build(Where(build(Lt(rank, limit)), build.scalar(1.0, scores.type.dtype), scores))
+    one, zero = (build.scalar(number, scores.type.dtype) for number in (1.0, 0.0))
+    weight = build(Where(build(Lt(rank, limit)), one, build(Maximum(scores, zero))))
     target = joined(build, numbers(build, scores, protected), row)
     return WeightedAssignment(Assignment(target, protected + keep + 1), column(build, joined(build, ones, weight)))
 
