@@ -7,9 +7,9 @@ import torch
 
 import token_macs
 from token_digits import PASSES, DigitsModel, DigitsRow, distil_all, reduce_all, time_all
-from token_macs import LatencyRow, MacsRow, count, macs, time_deit
-from token_text import LENGTH, PIPELINES, compare, find_sentences, tokenized
-from tokens_report import digits_lines, distilled_lines, latency_lines, macs_lines, text_lines
+from token_macs import MacsRow, count, macs, time_deit
+from token_text import LENGTH, find_sentences, tokenized
+from tokens_report import digits_lines, distilled_lines, latency_lines, macs_lines
 from trimtab.ir import Module
 from trimtab.passes.registry import pass_names
 from zoo_models import get

@@ -44,6 +44,7 @@ class DigitTransformer(nn.Module):
         heads: attention heads.
         patch: side of a patch in pixels.
         stride: pixels from one patch to the next; ``patch`` by default, so that patches do not overlap.
+        padding: pixels around the image, in the middle between black and white, that patches may reach into.
         patch_dropout: the largest share of patches to leave out in training, at random; each batch leaves out a share
             between none and this (after Liu et al., PatchDropout, arXiv 2208.07220).
     """
@@ -55,15 +56,16 @@ class DigitTransformer(nn.Module):
         heads: int = 4,
         patch: int = 2,
         stride: int | None = None,
+        padding: int = 0,
         patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch_dropout = patch_dropout
         stride = stride or patch
-        self.patches = nn.Conv2d(1, width, patch, stride=stride)
+        self.patches = nn.Conv2d(1, width, patch, stride=stride, padding=padding)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         # A patch is four pixels and says little without its place: places start as large as the patches' features.
-        self.positions = nn.Parameter(torch.randn(1, 1 + ((8 - patch) // stride + 1) ** 2, width))
+        self.positions = nn.Parameter(torch.randn(1, 1 + ((8 + 2 * padding - patch) // stride + 1) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
