@@ -76,7 +76,8 @@ class Context:
         """A random generator of its own for ``purpose``, so that one pass does not change the numbers of another."""
         import torch
 
-        return torch.Generator().manual_seed((self.seed * 2**32 + zlib.crc32(purpose.encode())) % 2**63)
+        # Of a seed torch's generator takes 32 bits.
+        return torch.Generator().manual_seed(zlib.crc32(purpose.encode(), self.seed & 0xFFFFFFFF))
 
 
 @dataclass(frozen=True)
