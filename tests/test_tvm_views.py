@@ -7,7 +7,8 @@ import torch
 from tvm_harness import Compiled
 
 from trimtab.ir import Builder, DType, Module, TensorType, Value, interpret, symbol
-from trimtab.ir.ops import Attention, Linear, Matmul, Permute, Reshape, Slice
+from trimtab.ir.fused import fuse
+from trimtab.ir.ops import Add, Attention, Linear, Matmul, Mean, Neg, Permute, Reshape, Slice
 
 pytest.importorskip("tvm", reason="the TVM backend is not installed")
 
@@ -37,6 +38,34 @@ def test_a_slice_with_a_symbolic_start() -> None:
     view = view_of(build(Slice(x, dim=1, start=SEQ - 1, stop=SEQ)))
     assert (view.base, view.shape, view.starts) == (x, (BATCH, SEQ, 8), (0, SEQ - 1, 0))
     assert view.moves
+
+
+def test_every_other_row() -> None:
+    build, x = packed_input(BATCH, 9, 8)
+    view = view_of(build(Permute(build(Slice(x, dim=1, start=2, stop=9, step=2)), dims=(0, 2, 1))))
+    assert (view.base, view.shape, view.order) == (x, (BATCH, 9, 8), (0, 2, 1))
+    assert (view.starts, view.steps) == ((0, 2, 0), (1, 2, 1))
+    assert view.moves
+
+
+def test_a_group_that_only_moves_elements_is_seen_through() -> None:
+    build, x = packed_input(BATCH, 9, 8)
+    rows = build.add(Slice(x, dim=1, start=1, stop=9, step=2))
+    turned = build.add(Permute(rows.result, dims=(0, 2, 1)))
+    build.output(turned.result)
+    (result,) = fuse(build.module, (rows, turned), turned).results
+    view = view_of(result)
+    assert (view.base, view.order, view.starts, view.steps) == (x, (0, 2, 1), (0, 1, 0), (1, 2, 1))
+
+
+def test_a_group_that_computes_is_read_as_a_whole() -> None:
+    build, x = packed_input(BATCH, 9, 8)
+    twice = build.add(Add(x, x))
+    turned = build.add(Permute(twice.result, dims=(0, 2, 1)))
+    build.output(turned.result)
+    (result,) = fuse(build.module, (twice, turned), turned).results
+    assert view_of(result).base is result
+    assert not view_of(result).moves
 
 
 @pytest.mark.parametrize(
@@ -92,3 +121,25 @@ def test_matmul_reads_slices() -> None:
     build.output(build(Matmul(left, right)), build(Matmul(right, left)))
     value = torch.randn(3, 6, 40)
     torch.testing.assert_close(Compiled(build.module)(value), interpret(build.module, [value]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [9, 30])
+def test_matmul_reads_every_other_row_in_place(tokens: int) -> None:
+    """Tokens at even positions against those at odd ones, as they are matched for merging."""
+    build, x = packed_input(2, tokens, 32)
+    unit = build(Neg(x))
+    even, odd = (build(Slice(unit, dim=1, start=start, stop=tokens, step=2)) for start in (0, 1))
+    build.output(build(Matmul(even, build(Permute(odd, dims=(0, 2, 1))))))
+    compiled, value = Compiled(build.module), torch.randn(2, tokens, 32)
+    torch.testing.assert_close(compiled(value), interpret(build.module, [value]), rtol=1e-4, atol=1e-5)
+    assert [call.name for call in compiled.code.calls] == ["neg", "matmul"]
+
+
+def test_a_mean_over_heads_reads_them_from_the_packed_projection() -> None:
+    build, x = packed_input(2, 7, 96)
+    packed = build(Neg(x))
+    keys = build(Reshape(build(Slice(packed, dim=2, start=32, stop=64)), shape=(2, 7, 4, 8)))
+    build.output(build(Mean(keys, dims=(2,))))
+    compiled, value = Compiled(build.module), torch.randn(2, 7, 96)
+    torch.testing.assert_close(compiled(value), interpret(build.module, [value]), rtol=1e-5, atol=1e-6)
+    assert [call.name for call in compiled.code.calls] == ["neg", "mean"]

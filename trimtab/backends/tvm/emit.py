@@ -26,7 +26,7 @@ from trimtab.errors import InternalError
 from trimtab.ir import ops
 from trimtab.ir.attributes import attribute_symbols
 from trimtab.ir.core import Graph, Module, Value
-from trimtab.ir.dims import as_symbol
+from trimtab.ir.dims import Dim, as_symbol
 from trimtab.ir.op import Op
 from trimtab.ir.types import TensorType
 
@@ -161,6 +161,7 @@ class _GraphEmitter:
         values: the Relax variables of the values emitted so far.
         weights: those of the weights, by id.
         outside: what the inputs of the bodies of fused ops stand for.
+        reshaped: values that are read under another shape, by that.
     """
 
     def __init__(self, owner: _ModuleEmitter, graph: Graph, scope: Scope) -> None:
@@ -170,6 +171,7 @@ class _GraphEmitter:
         self.values: dict[Value, Any] = {}
         self.weights: dict[str, Any] = {}
         self.outside: dict[Value, Value] = {}
+        self.reshaped: dict[tuple[Value, tuple[Dim, ...]], Any] = {}
 
     def run(self) -> list[Any]:
         for op in self.graph.ops:
@@ -301,9 +303,15 @@ class _GraphEmitter:
         """``value`` read where it lies in the base of ``view``."""
         stored, expr = view.base.type.with_shape(*view.shape), self.read(view.base)
         if stored != view.base.type:
-            expr = self.owner.builder.emit(relax.op.reshape(expr, relax.ShapeExpr(self.scope.shape(view.shape))))
+            # Queries, keys and values that are views of one projection share its form by heads.
+            key = view.base, view.shape
+            if key not in self.reshaped:
+                shape = relax.ShapeExpr(self.scope.shape(view.shape))
+                self.reshaped[key] = self.owner.builder.emit(relax.op.reshape(expr, shape))
+            expr = self.reshaped[key]
         starts = view.starts if any(start != 0 for start in view.starts) else ()
-        return Leaf(value.type, expr, order=view.order, starts=starts, stored=stored)
+        steps = view.steps if any(step != 1 for step in view.steps) else ()
+        return Leaf(value.type, expr, order=view.order, starts=starts, steps=steps, stored=stored)
 
     def _emit_repeat(self, op: Any) -> None:
         """n calls of the body's function; slices of stacked weights are views, so nothing is copied."""

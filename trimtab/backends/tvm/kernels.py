@@ -33,8 +33,9 @@ class Leaf:
         expr: the Relax expression of the tensor; None for a constant, and where there is nothing to read.
         constant: the op that makes the constant.
         layout: how it is stored.
-        order, starts, stored: which axis of the tensor each axis is, where the leaf begins along the tensor's axes,
-            and the tensor's type, when the leaf is a view of a larger or permuted tensor.
+        order, starts, steps, stored: which axis of the tensor each axis is, where the leaf begins along the tensor's
+            axes, how far apart its elements are there, and the tensor's type, when the leaf is a view of a larger or
+            permuted tensor.
     """
 
     type: TensorType
@@ -43,13 +44,14 @@ class Leaf:
     layout: Layout = PLAIN
     order: tuple[int, ...] = ()
     starts: tuple[Dim, ...] = ()
+    steps: tuple[int, ...] = ()
     stored: TensorType | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for leaves that give the same code."""
         constant = self.constant and (self.constant.name, *map(repr, self.constant.attributes.values()))
-        return (self.type, self.layout, self.order, self.starts, self.stored, constant, self.expr is None)
+        return (self.type, self.layout, self.order, self.starts, self.steps, self.stored, constant, self.expr is None)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def _leaf_operands(kernel: Kernel, scope: Scope, declare: Callable[..., Any]) ->
             stored = scope.shape(leaf.layout.stored_shape(tuple(int(d) for d in leaf.type.shape)))  # type: ignore[arg-type]
         tensors.append(declare(stored, dtype, name=f"x{len(tensors)}"))
         starts = tuple(scope.shape(leaf.starts))
-        operands.append(Operand(leaf.type, shape, tensors[-1], layout=leaf.layout, order=leaf.order, starts=starts))
+        operands.append(Operand(leaf.type, shape, tensors[-1], layout=leaf.layout, order=leaf.order, starts=starts,
+                                steps=leaf.steps))  # fmt: skip
     return operands, tensors
 
 

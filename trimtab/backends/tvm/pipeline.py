@@ -52,8 +52,8 @@ def lower(module: Any, target: dict[str, Any], machine: Machine, symbols: Mappin
         ])(module)  # fmt: skip
         planned = plan_arena(module, symbols)
         module = tvm.transform.Sequential([
+            relax.transform.CanonicalizeBindings(),
             relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),

@@ -12,6 +12,7 @@ a block of rows passes by before the next part is read.
 from __future__ import annotations
 
 from itertools import count
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
@@ -85,8 +86,11 @@ def panels_together(panels: int, threads: int, most: int) -> int:
     Threads get equal numbers of tasks, but the last task may have fewer panels: six panels are two tasks of four, of
     which one has two, and then one of two threads computes two thirds.
     """
-    busiest = {held: min(panels, -(-(-(-panels // held)) // threads) * held) for held in range(1, min(most, panels) + 1)}
-    return min(busiest, key=lambda held: (busiest[held], -held))
+    def busiest(held: int) -> int:
+        tasks = ceil(panels / held)
+        return min(panels, ceil(tasks / threads) * held)
+
+    return min(range(1, min(most, panels) + 1), key=lambda held: (busiest(held), -held))
 
 
 def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:

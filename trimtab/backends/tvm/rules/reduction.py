@@ -69,7 +69,7 @@ def reduce(
     return compute(kept, element, name, materialize=materialize)
 
 
-@lowers(ops.Sum, ops.Mean, ops.Prod, ops.Amax, ops.Amin)
+@lowers(ops.Sum, ops.Mean, ops.Prod, ops.Amax, ops.Amin, absorbs_permute=True)
 def _reduce(op: Any, scope: Scope, x: Operand) -> Any:
     result = tvm_dtype(op.result.type.dtype)
     shape = scope.shape(op.result.type.shape)

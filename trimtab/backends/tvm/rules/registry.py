@@ -88,6 +88,7 @@ class Operand:
         layout: how a weight is stored; one that is not plain is read by :meth:`packed` instead of by its own indices.
         order: where each axis lies in ``tensor`` when that holds the axes in another order; empty when not.
         starts: the index of the first element along each axis of ``tensor`` when that holds more; empty when not.
+        steps: how far apart elements are along each axis of ``tensor``; empty where all are neighbours.
     """
 
     type: TensorType
@@ -97,6 +98,7 @@ class Operand:
     layout: Layout = PLAIN
     order: tuple[int, ...] = ()
     starts: tuple[Expr, ...] = ()
+    steps: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -111,6 +113,8 @@ class Operand:
         if self.constant is not None:
             return self.constant
         place = physical(indices, self.order)
+        if self.steps:
+            place = tuple(at if step == 1 else at * i64(step) for step, at in zip(self.steps, place, strict=True))
         if self.starts:
             place = tuple(start + index for start, index in zip(self.starts, place, strict=True))
         return self.tensor(*place) if isinstance(self.tensor, te.Tensor) else tirx.BufferLoad(self.tensor, list(place))
