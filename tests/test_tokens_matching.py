@@ -10,10 +10,11 @@ import pytest
 import torch
 from token_harness import Array, built, check_compiled, evaluated, normal, signs
 
+import trimtab
 from trimtab.errors import UsageError
 from trimtab.ir import Builder, DType, TensorType, Value, interpret, symbol
 from trimtab.passes.tokens.assignment import Assignment, identity, initial_sizes, mean_of_originals, size_bias
-from trimtab.passes.tokens.matching import bipartite_matching, key_metric, most_merged
+from trimtab.passes.tokens.matching import bipartite_matching, first_largest, key_metric, most_merged
 
 CASES = [(1, 17, 4, 1), (8, 17, 5, 1), (1, 16, 7, 1), (8, 13, 6, 0), (2, 12, 5, 2), (3, 13, 3, 2), (2, 20, 6, 5),
          (1, 197, 16, 1), (2, 9, 4, 1), (2, 5, 1, 1), (1, 4, 2, 0)]  # fmt: skip
@@ -178,6 +179,25 @@ def test_compiled_matching(batch: int, tokens: int, r: int, protected: int) -> N
     sizes = np.random.default_rng(2).integers(1, 5, (batch, tokens, 1)).astype(float)
     for draw in (normal, signs):
         check_compiled(merging(r, protected), draw(batch, tokens, 64), normal(batch, tokens, 48), sizes)
+
+
+def test_few_kernels_match_the_tokens_of_a_layer() -> None:
+    """Unit rows, their products, the strongest link, what becomes of candidates, and new rows: nothing is copied."""
+    pytest.importorskip("tvm", reason="the TVM backend is not installed")
+
+    def make(build: Builder, metric: Value) -> list[Value]:
+        return [bipartite_matching(build, metric, 13, 1).target]
+
+    artifact = trimtab.compile(built(make, normal(1, 197, 64)), target="native", precision="f32")
+    assert len(artifact.code.calls) == 5
+
+
+@pytest.mark.parametrize("draw", [normal, signs])
+def test_the_first_of_the_largest_is_found(draw: Any) -> None:
+    x = draw(2, 5, 9).astype(np.float32)
+    largest, position = evaluated(lambda build, value: list(first_largest(build, value)), x)
+    np.testing.assert_array_equal(largest, x.max(2, keepdims=True))
+    np.testing.assert_array_equal(position, x.argmax(2))
 
 
 def test_sizes_start_at_one() -> None:

@@ -9,9 +9,9 @@ from trimtab.errors import UsageError
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.ops import Add, Argmax, Elu, Exp, Matmul, Mean, Mul, Permute, Sub
+from trimtab.ir.ops import Add, Argmax, Elu, Exp, Gt, Matmul, Mean, Mul, Permute, Reshape, Sub, Where
 from trimtab.passes.tokens.assignment import Assignment, identity
-from trimtab.passes.tokens.matching import interleaved, match, most_merged
+from trimtab.passes.tokens.matching import interleaved, match, most_merged, without_padding
 from trimtab.passes.tokens.rows import joined, numbers, put, ranking, span, take, token_count, unit_rows
 
 Kernel = Literal["elu", "gaussian"]
@@ -36,7 +36,13 @@ def energy(build: Builder, unit: Value, margin: float, kernel: Kernel = "elu") -
 
 
 def energy_matching(
-    build: Builder, metric: Value, r: int, margin: float, protected: int = 1, kernel: Kernel = "elu"
+    build: Builder,
+    metric: Value,
+    r: int,
+    margin: float,
+    protected: int = 1,
+    kernel: Kernel = "elu",
+    sizes: Value | None = None,
 ) -> Assignment:
     """Merge r of the 2r tokens with the highest energy into the other r; tokens of lower energy stay as they are.
 
@@ -53,6 +59,8 @@ def energy_matching(
         margin: cosines below it count as dissimilar.
         protected: how many leading tokens neither merge nor receive, and have no energy.
         kernel: see :func:`energy`.
+        sizes: ``[B, N, 1]``, if some tokens are padding, of size 0: that comes before all energies, is like padding
+            only, and takes no token's own features from it where it has to be merged with one.
 
     Raises:
         UsageError: r or the margin is out of range, or N is a symbol.
@@ -60,8 +68,7 @@ def energy_matching(
     tokens = _checked(metric, r, margin, protected)
     if r == 0:
         return identity(build, metric, tokens)
-    unit = unit_rows(build, span(build, metric, protected))
-    order = ranking(build, energy(build, unit, margin, kernel))
+    unit, order = _ranked(build, metric, margin, protected, kernel, sizes)
     if kernel == "elu":
         candidates, receivers = (span(build, order, start, 2 * r, step=2) for start in (0, 1))
     else:
@@ -77,7 +84,15 @@ def energy_matching(
     return _in_place(build, order, by_energy, tokens - r, protected)
 
 
-def energy_bipartite_matching(build: Builder, metric: Value, r: int, margin: float, protected: int = 1) -> Assignment:
+def energy_bipartite_matching(
+    build: Builder,
+    metric: Value,
+    r: int,
+    margin: float,
+    protected: int = 1,
+    kernel: Kernel = "elu",
+    sizes: Value | None = None,
+) -> Assignment:
     """Bipartite matching (see :mod:`trimtab.passes.tokens.matching`) in which tokens are candidates and receivers in
     turn by falling energy, not by position: ``pitome_bsm`` of the original. No token is kept from merging for its
     low energy.
@@ -88,11 +103,27 @@ def energy_bipartite_matching(build: Builder, metric: Value, r: int, margin: flo
     tokens = _checked(metric, r, margin, protected)
     if r == 0:
         return identity(build, metric, tokens)
-    unit = unit_rows(build, span(build, metric, protected))
-    order = ranking(build, energy(build, unit, margin))
+    unit, order = _ranked(build, metric, margin, protected, kernel, sizes)
     candidates, receivers = (take(build, unit, span(build, order, start, step=2)) for start in (0, 1))
-    targets = match(build, candidates, receivers, r, first=protected)
-    return _in_place(build, order, interleaved(build, *targets), tokens - r, protected)
+    start = tokens - r - token_count(receivers)
+    fixed = [None if place % 2 == 0 else start + place // 2 for place in range(tokens - protected)]
+    by_energy = match(build, candidates, receivers, r, protected, fixed)
+    return _in_place(build, order, by_energy, tokens - r, protected)
+
+
+def _ranked(
+    build: Builder, metric: Value, margin: float, protected: int, kernel: Kernel, sizes: Value | None
+) -> tuple[Value, Value]:
+    """The metric ``[B, T, D]`` of the tokens that are not protected, of unit length, and their positions by energy."""
+    if sizes is None:
+        unit = unit_rows(build, span(build, metric, protected))
+        return unit, ranking(build, energy(build, unit, margin, kernel))
+    own = span(build, sizes, protected)
+    unit = without_padding(build, span(build, metric, protected), own)
+    energies = energy(build, unit, margin, kernel)
+    present = build(Gt(build(Reshape(own, shape=energies.type.shape)), build.scalar(0.0, own.type.dtype)))
+    above = build.scalar(2.0 + abs(margin), energies.type.dtype)  # an energy is at most 1 - margin, or 1
+    return unit, ranking(build, build(Where(present, energies, above)))
 
 
 def _in_place(build: Builder, order: Value, by_energy: Value, count: int, protected: int) -> Assignment:

@@ -3,13 +3,34 @@ arXiv 2210.09461)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trimtab.errors import UsageError
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.ops import Add, Amax, Argmax, Cast, Cumsum, Full, Gt, Matmul, Mean, Mul, Permute, Reshape, Sub, Where
+from trimtab.ir.ops import (
+    Add,
+    Amax,
+    Amin,
+    Cast,
+    Eq,
+    Gt,
+    IndexSelect,
+    Le,
+    Lt,
+    Matmul,
+    Mean,
+    Mul,
+    Permute,
+    Reshape,
+    Sub,
+    Sum,
+    Tril,
+    Where,
+)
 from trimtab.passes.tokens.assignment import Assignment, identity
-from trimtab.passes.tokens.rows import column, joined, numbers, put, ranking, span, token_count, unit_rows
+from trimtab.passes.tokens.rows import column, constant, joined, span, token_count, unit_rows
 
 
 def key_metric(build: Builder, keys: Value) -> Value:
@@ -67,35 +88,76 @@ def bipartite_matching(build: Builder, metric: Value, r: int, protected: int = 1
         )
     if r == 0:
         return identity(build, metric, tokens)
-    candidates = span(build, metric, protected + protected % 2, step=2)
-    receivers = span(build, metric, protected + (protected + 1) % 2, step=2)
-    candidate_target, receiver_target = match(
-        build, unit_rows(build, candidates), unit_rows(build, receivers), r, first=protected
-    )
-    even_first = (candidate_target, receiver_target)
-    rest = interleaved(build, *(even_first if protected % 2 == 0 else even_first[::-1]))
-    return Assignment(joined(build, numbers(build, metric, protected), rest), tokens - r)
+    unit = unit_rows(build, metric)
+    candidates, receivers = (span(build, unit, protected + (protected + odd) % 2, step=2) for odd in (0, 1))
+    # Receivers come last.
+    rows = iter(range(tokens - r - token_count(receivers), tokens - r))
+    fixed = [n if n < protected else None if n % 2 == 0 else next(rows) for n in range(tokens)]
+    return Assignment(match(build, candidates, receivers, r, protected, fixed), tokens - r)
 
 
-def match(build: Builder, candidates: Value, receivers: Value, r: int, first: int) -> tuple[Value, Value]:
-    """Merge the r ``candidates`` ``[B, A, D]`` most similar to one of ``receivers`` ``[B, R, D]``, all of unit length.
+def match(
+    build: Builder, candidates: Value, receivers: Value, r: int, first: int, fixed: Sequence[int | None]
+) -> Value:
+    """New rows i64 ``[B, T]`` of T tokens after merging the r candidates most similar to one of the receivers.
 
-    Returns:
-        New rows ``[B, A]`` of the candidates and ``[B, R]`` of the receivers: from ``first`` on the candidates
-        that stay alone, then the receivers.
+    Candidates that stay alone get the rows from ``first`` on, in their order.
+
+    Args:
+        build: where ops go.
+        candidates, receivers: ``[B, A, D]`` and ``[B, R, D]``, of unit length.
+        r: how many candidates to merge.
+        first: see above.
+        fixed: for each of the T tokens its new row, or None for a candidate; candidates stand there in their order,
+            and receivers in theirs, whose rows follow ``first`` and the A - r candidates that stay alone.
     """
+    count = token_count(candidates)
+    fates = _fates(build, candidates, receivers, r)
+    # Each token looks at one candidate, those that are none at the first.
+    numbers_of = iter(range(count))
+    source = [next(numbers_of) if row is None else 0 for row in fixed]
+    # A token's candidate, if it stays alone, is preceded by as many others that do as have a smaller number.
+    upto = build(
+        Le(build(Reshape(fates, shape=(fates.type.shape[0], 1, count))), constant(build, [[n] for n in source]))
+    )
+    place = build(Add(build(Sum(build(Cast(upto, dtype=DType.I64)), dims=(2,))), build.scalar(first - 1, DType.I64)))
+    fate = build(IndexSelect(fates, constant(build, source), dim=1))
+    joined_to = build(Add(fate, build.scalar(first - r, DType.I64)))  # the receivers' rows begin at first + A - r
+    moved = build(Where(build(Lt(fate, build.scalar(count, DType.I64))), place, joined_to))
+    is_candidate = constant(build, [row is None for row in fixed])
+    rows = constant(build, [0 if row is None else row for row in fixed])
+    return build(Where(is_candidate, moved, rows))
+
+
+def _fates(build: Builder, candidates: Value, receivers: Value, r: int) -> Value:
+    """What becomes of each candidate, i64 ``[B, A]``: its own number if it stays alone, or A and the number of the
+    receiver if it is one of the r that are merged."""
     links = build(Matmul(candidates, build(Permute(receivers, dims=(0, 2, 1)))))
-    strength, partner = build(Amax(links, dims=(2,))), build(Argmax(links, dim=2))
-    batch, count = strength.type.shape
-    assert isinstance(count, int)
-    merged = span(build, ranking(build, strength), 0, r)
-    ones, zeros = (build(Full(n, DType.I64, (batch, size))) for n, size in ((1, count), (0, r)))
-    alone = put(build, ones, merged, zeros)
-    place = build(Add(build(Cumsum(alone, dim=1, dtype=DType.I64)), build.scalar(first - 1, DType.I64)))
-    start = first + count - r
-    joined_to = build(Add(partner, build.scalar(start, DType.I64)))
-    target = build(Where(build(Cast(alone, dtype=DType.BOOL)), place, joined_to))
-    return target, numbers(build, receivers, token_count(receivers), start)
+    strength, partner = first_largest(build, links)
+    batch, count, _ = strength.type.shape
+    # Stronger ones come first, and of equally strong ones the first: few candidates are ranked faster by comparing each
+    # with each than by sorting, and in one kernel.
+    others = build(Reshape(strength, shape=(batch, 1, count)))
+    stronger = build(Cast(build(Gt(others, strength)), dtype=DType.I64))
+    equal = build(Tril(build(Cast(build(Eq(others, strength)), dtype=DType.I64)), diagonal=-1))
+    rank = build(Sum(build(Add(stronger, equal)), dims=(2,)))
+    joined_to = build(Add(partner, build.scalar(token_count(candidates), DType.I64)))
+    own = constant(build, range(token_count(candidates)))
+    return build(Where(build(Lt(rank, build.scalar(r, DType.I64))), joined_to, own))
+
+
+def first_largest(build: Builder, x: Value) -> tuple[Value, Value]:
+    """The largest elements ``[B, A, 1]`` along the last axis of x ``[B, A, R]``, and the positions, i64 ``[B, A]``, of
+    the first of them.
+
+    The position is found by comparing with the largest element, so that one kernel makes both; in rows with NaN it is
+    the last one.
+    """
+    size = x.type.shape[2]
+    assert isinstance(size, int)
+    largest = build(Amax(x, dims=(2,), keepdim=True))
+    found = build(Where(build(Eq(x, largest)), constant(build, range(size)), build.scalar(size - 1, DType.I64)))
+    return largest, build(Amin(found, dims=(2,)))
 
 
 def interleaved(build: Builder, first: Value, second: Value) -> Value:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from trimtab.errors import UsageError
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
@@ -69,6 +72,16 @@ def numbers(build: Builder, like: Value, count: int, start: int = 0) -> Value:
     """``start, start + 1, ...`` as i64 ``[B, count]``, B of ``like``."""
     line = build(Arange(count, DType.I64, start=start))
     return build(Expand(line, shape=(like.type.shape[0], count)))
+
+
+def constant(build: Builder, numbers: Sequence[Any]) -> Value:
+    """Numbers (i64) or truth values that the graph holds as a weight: a table of rows costs no kernel.
+
+    Nested sequences give more axes.
+    """
+    import torch
+
+    return build.weight("tokens", torch.tensor(numbers))
 
 
 def take(build: Builder, x: Value, rows: Value) -> Value:
