@@ -5,7 +5,7 @@
 
 The first form compiles DeiT-S with float32 weights in two ways: the linalg that torch-mlir's exporter writes, compiled
 by IREE for this processor, and ``trimtab.compile(backend="mlir")``. Both are checked against eager PyTorch and called
-in turns. The second form compiles ViT-L/16 for a target with each backend, every one in a process of its own, and prints
+in turns. The second form compiles ViT-L/16 for a target with each backend, each in a process of its own, and prints
 the seconds and the most memory that the process and those that it started had.
 """
 
