@@ -24,16 +24,16 @@ def macs_lines(rows: Sequence[MacsRow]) -> Iterator[str]:
 
 def digits_lines(rows: Sequence[DigitsRow]) -> Iterator[str]:
     """Accuracy and work of each pass, and what was measured beside."""
-    yield f"{'':44s} {'MACs':>6s} {'accuracy':>8s} {'median':>9s} {'best':>9s} {'speed':>6s} {'(best)':>7s}"
+    yield f"{'':58s} {'MACs':>6s} {'accuracy':>8s} {'median':>9s} {'best':>9s} {'speed':>6s} {'(best)':>7s}"
     for row in rows:
         name = row.pipeline or "all tokens"
         if row.share is None or row.accuracy is None:
-            yield f"{name:44s} missing: {row.reason}"
+            yield f"{name:58s} missing: {row.reason}"
             continue
         times = ""
         if row.median_ms is not None:
             times = f" {row.median_ms:6.3f} ms {row.best_ms:6.3f} ms {row.speed:5.2f}x ({row.best_speed:4.2f}x)"
-        yield f"{name:44s} {row.share:6.1%} {row.accuracy:8.2%}{times}"
+        yield f"{name:58s} {row.share:6.1%} {row.accuracy:8.2%}{times}"
 
 
 def distilled_lines(rows: Sequence[DigitsRow], whole: float) -> Iterator[str]:
@@ -41,7 +41,7 @@ def distilled_lines(rows: Sequence[DigitsRow], whole: float) -> Iterator[str]:
     for row in rows:
         if row.distilled is not None and row.accuracy is not None:
             lost = 100 * (whole - row.accuracy), 100 * (whole - row.distilled)
-            yield (f"{row.pipeline:44s} {row.accuracy:.2%} ({lost[0]:.2f} points lost), after {row.steps} steps "
+            yield (f"{row.pipeline:58s} {row.accuracy:.2%} ({lost[0]:.2f} points lost), after {row.steps} steps "
                    f"{row.distilled:.2%} ({lost[1]:.2f} points lost)")  # fmt: skip
 
 
@@ -77,10 +77,10 @@ def draw_chart(rows: Sequence[DigitsRow], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", facecolor="white")
-    whole = next((row for row in rows if not row.pass_), None)
+    whole = next((row for row in rows if not row.label), None)
     handles: dict[str, Any] = {}
-    for number, name in enumerate(dict.fromkeys(row.pass_ for row in rows if row.pass_)):
-        found = [row for row in rows if row.pass_ == name and row.share is not None]
+    for number, name in enumerate(dict.fromkeys(row.label for row in rows if row.label)):
+        found = [row for row in rows if row.label == name and row.share is not None]
         style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": name}
         if found:
             (handles[name],) = left.plot([row.share for row in found], [row.accuracy for row in found], **style)
