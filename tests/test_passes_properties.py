@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from random_graphs import modules, random_module
 from random_transformers import random_transformer, transformers
 
+from trimtab.errors import PassError
 from trimtab.ir import Module, parse_module, print_module, verify
 from trimtab.passes.manager import PassManager
 from trimtab.passes.pipeline import group_names
 from trimtab.passes.registry import load_pass, pass_names, provider
 
-OWN_PASSES = sorted(name for name in pass_names() if provider(name) == "trimtab")
+REDUCE_TOKENS = sorted(name for name in pass_names() if provider(name) == "trimtab" and "-tokens" in name)
+"""Passes that refuse a model without tokens, and may reduce again what was reduced."""
+OWN_PASSES = sorted({name for name in pass_names() if provider(name) == "trimtab"} - {*REDUCE_TOKENS})
 PREPARED = "cleanup,raise,"
 """What most passes expect to have run before them."""
 ELSEWHERE = {"raise-group-norm", "simplify-indexing"}
@@ -50,6 +53,19 @@ def test_pass_does_nothing_the_second_time(name: str, module: Module) -> None:
     once, _ = PassManager(PREPARED + name, check="never").run(module)
     _, again = PassManager(name, check="never").run(once)
     assert again.applied == []
+
+
+@pytest.mark.parametrize("name", REDUCE_TOKENS)
+@settings(SLOW_IS_FINE, max_examples=5)
+@given(module=st.one_of(modules(), transformers()))
+def test_token_reduction_refuses_in_words_or_keeps_the_signature(name: str, module: Module) -> None:
+    try:
+        result, _ = PassManager(name, check="never").run(module)
+    except PassError as refusal:
+        assert refusal.rule
+        return
+    assert [v.type for v in result.main.inputs] == [v.type for v in module.main.inputs]
+    assert [v.type for v in result.main.outputs] == [v.type for v in module.main.outputs]
 
 
 @pytest.mark.parametrize("make", [modules, transformers])
