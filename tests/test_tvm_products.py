@@ -65,6 +65,19 @@ def test_no_thread_gets_more_panels_than_one_by_one(panels: int, threads: int, t
     assert min(panels, -(-tasks // threads) * held) == -(-panels // threads)
 
 
+def test_tiles_of_two_heights_cover_rows_once() -> None:
+    from trimtab.backends.tvm.codegen.row_tiles import RowTiles
+
+    for height in (1, 5, 6, 12):
+        for rows in range(1, 4 * height * height):
+            tiles = RowTiles(rows, height)
+            assert tiles.count == -(-rows // height)
+            assert tiles.repeats_rows == (tiles.count * height - tiles.lower != rows)
+            # From so many rows on there are enough tiles to take a row less each.
+            assert not (tiles.repeats_rows and rows >= (height - 1) * height)
+    assert (RowTiles(145, 6).count, RowTiles(145, 6).lower) == (25, 5)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "stored"), [(DType.F32, DType.F32), (DType.BF16, DType.BF16), (DType.F32, DType.F16)], ids=str

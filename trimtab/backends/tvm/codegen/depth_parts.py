@@ -11,6 +11,7 @@ a block of rows passes by before the next part is read.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from tvm import tirx
 
 from trimtab.backends.tvm.codegen.expression import Expr, int_value
 from trimtab.backends.tvm.codegen.loops import Stmt, bind, ceil_div, index, load, loop, minimum, scratch, sequence
+from trimtab.backends.tvm.codegen.row_tiles import RowTiles
 from trimtab.backends.tvm.codegen.tile_product import without_casts
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def panels_together(panels: int, threads: int, most: int) -> int:
     Threads get equal numbers of tasks, but the last task may have fewer panels: six panels are two tasks of four, of
     which one has two, and then one of two threads computes two thirds.
     """
+
     def busiest(held: int) -> int:
         tasks = ceil(panels / held)
         return min(panels, ceil(tasks / threads) * held)
@@ -99,7 +102,8 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
     assert kernel.a_rows is not None
     products, a_rows, tile = kernel.products, kernel.a_rows, kernel.tile
     rows, depth = int(kernel.m.extent), int(kernel.k.extent)
-    panels, tiles = -(-int(kernel.n.extent) // tile.columns), -(-rows // tile.rows)
+    row_tiles = kernel.row_tiles or RowTiles(rows, tile.rows)
+    panels, tiles = -(-int(kernel.n.extent) // tile.columns), row_tiles.count
     blocks, threads = row_blocks(kernel), kernel.machine.threads
     tiles_of_block = -(-tiles // blocks)
     # Only where the parts are there for the rows of A does it help to take several panels before the next part.
@@ -113,29 +117,29 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
         left = index(tiles) - first_tile
         passing = tirx.max(minimum(index(tiles_of_block), left), index(0)) if blocks > 1 else index(tiles)
 
-        def start_of(t: Expr) -> Expr:
-            return minimum((first_tile + t) * index(tile.rows), index(rows - tile.rows))
-
         def place(p: Expr, k: Expr) -> Any:
             return without_casts(kernel.b_at({}, kernel.k.at(k, True), (first + p) * index(tile.columns)))
 
         def with_sums(sums: Any) -> Stmt:
-            def write(p: Expr, t: Expr) -> Stmt:
+            def write(p: Expr, t: Expr, start: Expr, height: int) -> Stmt:
                 column = (first + p) * index(tile.columns)
-                return kernel.store_tile(lambda r, c: load(sums, p, t, r, c), tile.rows, start_of(t), column, {})
+                return kernel.store_tile(lambda r, c: load(sums, p, t, r, c), height, start, column, {})
 
             def part(k: Expr, length: int, is_last: bool) -> Stmt:
-                def add(p: Expr, t: Expr) -> Stmt:
+                def add(p: Expr, t: Expr, start: Expr, height: int) -> Stmt:
                     last = tirx.EQ(p + index(1), held)
                     wanted = place(tirx.Select(last, index(0), p + index(1)), tirx.Select(last, k + index(length), k))
                     call = products.call(
-                        tile, a_rows.at({}, start_of(t), k), a_rows.stride, place(p, k),
+                        replace(tile, rows=height), a_rows.at({}, start, k), a_rows.stride, place(p, k),
                         load(sums, p, t, index(0), index(0)), index(length),
                         tirx.Cast("int32", k > index(0)), wanted, t, sharing=tiles_of_block,
                     )  # fmt: skip
-                    return sequence(call, write(p, t) if is_last else None)
+                    return sequence(call, write(p, t, start, height) if is_last else None)
 
-                return loop(held, lambda p: loop(passing, lambda t: add(p, t), name="tile"), name="panel")
+                def panel(p: Expr) -> Stmt:
+                    return row_tiles.each(first_tile, passing, lambda t, start, height: add(p, t, start, height))
+
+                return loop(held, panel, name="panel")
 
             # Two pieces rather than a length that depends on the part: LLVM then knows how often its loops run.
             earlier = loop(before_last, lambda block: part(block * index(step), step, False), name="part")

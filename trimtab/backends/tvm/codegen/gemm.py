@@ -2,15 +2,15 @@
 
 The shape of the code (B panels of ``nt`` columns, tiles of ``mt`` rows held in registers over the whole depth) is the
 inner part of the Goto algorithm (K. Goto and R. van de Geijn, "Anatomy of high-performance matrix multiplication",
-2008).  Rows that the tile does not divide are covered by a last tile that ends at the last row and overlaps the one
-before it, so the inner loop has no predicates.
+2008).  Rows that the tile does not divide are covered by tiles of two heights, or by a last tile that ends at the last
+row and overlaps the one before it, so the inner loop has no predicates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import ir, tirx
@@ -51,6 +51,7 @@ from trimtab.backends.tvm.codegen.loops import (
 )
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, choose_tile, each_vector
+from trimtab.backends.tvm.codegen.row_tiles import RowTiles, in_two_heights
 from trimtab.backends.tvm.codegen.tile_product import (
     TileProducts,
     product_kind,
@@ -99,6 +100,10 @@ class ContractionKernel:
         self.tile = self._choose_tile()
         self.direct = self._reads_b_directly()
         self.products = self._micro_kernels()
+        covers = self.a_rows is not None and not self.windows
+        self.row_tiles = in_two_heights(self.products, int_value(self.m.extent), self.tile.columns) if covers else None
+        if self.row_tiles is not None:
+            self.tile = replace(self.tile, rows=self.row_tiles.height)
 
     def _choose_tile(self) -> Tile:
         rows = self.windows.rows if self.windows else self.m.extent
@@ -252,7 +257,7 @@ class ContractionKernel:
                 return int(self.direct and height < self.tile.rows)
             return -(-known // (height * blocks))
 
-        def tiles(height: int, spill: Any) -> Stmt:
+        def tile_of(height: int, spill: Any) -> Callable[[Expr, Expr], Stmt]:
             tile = Tile(height, self.tile.columns, self.tile.lanes)
 
             def one(start: Expr, number: Expr) -> Stmt:
@@ -278,7 +283,18 @@ class ContractionKernel:
                     write,
                 )  # fmt: skip
 
-            return self.products.around(tile, cover(height, one)) if self.products else cover(height, one)
+            return one
+
+        def tiles(height: int, spill: Any) -> Stmt:
+            covered = cover(height, tile_of(height, spill))
+            tile = replace(self.tile, rows=height)
+            return self.products.around(tile, covered) if self.products else covered
+
+        def tiles_of_both(parts: RowTiles, spill: Any) -> Stmt:
+            share = -(-parts.count // blocks)
+            begin = block * index(share) if blocks > 1 else index(0)
+            held = tirx.max(minimum(index(share), index(parts.count) - begin), index(0))
+            return parts.each(begin, held, lambda t, start, height: tile_of(height, spill)(start, t))
 
         def cover(height: int, one: Callable[[Expr, Expr], Stmt]) -> Stmt:
             def at(t: Expr, first: Expr | int = 0) -> Stmt:
@@ -297,6 +313,8 @@ class ContractionKernel:
         def body(spill: Any) -> Stmt:
             if self.windows and self.products:
                 return window_rows(self, first_column, block, blocks, batch, b, spill)
+            if self.row_tiles is not None:
+                return tiles_of_both(self.row_tiles, spill)
             known = int_value(rows)
             if known is not None:
                 return tiles(min(height, known), spill)
