@@ -59,10 +59,13 @@ def test_pass_does_nothing_the_second_time(name: str, module: Module) -> None:
 @settings(SLOW_IS_FINE, max_examples=5)
 @given(module=st.one_of(modules(), transformers()))
 def test_token_reduction_refuses_in_words_or_keeps_the_signature(name: str, module: Module) -> None:
+    refusals: list[PassError] = []
     try:
         result, _ = PassManager(name, check="never").run(module)
     except PassError as refusal:
-        assert refusal.rule
+        refusals.append(refusal)
+    if refusals:
+        assert refusals[0].rule
         return
     assert [v.type for v in result.main.inputs] == [v.type for v in module.main.inputs]
     assert [v.type for v in result.main.outputs] == [v.type for v in module.main.outputs]

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from trimtab.errors import UsageError
-from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
-from trimtab.ir.ops import Concat, Div, Maximum, Mul, Sum
-from trimtab.passes.tokens.assignment import SMALLEST_SIZE, initial_sizes
+from trimtab.passes.tokens.assignment import initial_sizes, made_up
 from trimtab.passes.tokens.class_attention import (
     class_scores,
     keep_and_fuse,
@@ -20,7 +18,6 @@ from trimtab.passes.tokens.class_attention import (
     received_scores,
 )
 from trimtab.passes.tokens.reduction import TokenReduction
-from trimtab.passes.tokens.rows import span
 from trimtab.passes.tokens.schedules import Removals
 from trimtab.passes.tokens.selection import Selection
 from trimtab.passes.tokens.shortening import Place
@@ -113,15 +110,5 @@ def _dropped(place: Place, selection: Selection) -> SelectStep:
     build = place.build
     before = place.sizes if place.sizes is not None else initial_sizes(build, place.x)
     kept = selection.select(build, before)
-    sizes = _filled(build, kept, before, place.protected)
+    sizes = made_up(build, kept, before, place.protected)
     return SelectStep(selection, sizes, counted(build, sizes) if place.padded else None)
-
-
-def _filled(build: Builder, kept: Value, before: Value, protected: int) -> Value:
-    """Sizes ``kept`` ``[B, K, 1]`` of those ``before`` ``[B, N, 1]``, scaled behind the protected ones so that they add
-    up to as much."""
-    ours, all_of_them = (span(build, sizes, protected) for sizes in (kept, before))
-    wanted, total = (build(Sum(sizes, dims=(1,), keepdim=True)) for sizes in (all_of_them, ours))
-    smallest = build.scalar(SMALLEST_SIZE, kept.type.dtype)
-    scaled = build(Mul(ours, build(Div(wanted, build(Maximum(total, smallest))))))
-    return build(Concat((span(build, kept, 0, protected), scaled), dim=1)) if protected else scaled

@@ -14,12 +14,12 @@ from trimtab.ir.dead_code import remove_dead_ops
 from trimtab.ir.dtypes import DType
 from trimtab.ir.interpreter import interpret
 from trimtab.ir.op import Op
-from trimtab.ir.ops import Cast, Div, Gt, Maximum, Mul, Reshape, Sum
+from trimtab.ir.ops import Cast, Gt, Mul, Reshape, Sum
 from trimtab.passes.base import Context
-from trimtab.passes.tokens.assignment import initial_sizes
+from trimtab.passes.tokens.assignment import initial_sizes, made_up
 from trimtab.passes.tokens.class_attention import kept_tokens
 from trimtab.passes.tokens.reduction import TokenReduction
-from trimtab.passes.tokens.rows import column, joined, span
+from trimtab.passes.tokens.rows import column
 from trimtab.passes.tokens.sampling import Sample, sample_tokens, sampling_scores
 from trimtab.passes.tokens.schedules import Removals
 from trimtab.passes.tokens.shortening import Place, Plan, Reduce, shorten
@@ -53,6 +53,7 @@ class SampleTokens(TokenReduction):
     """
 
     name: ClassVar[str] = "sample-tokens"
+    gives_back: ClassVar[bool] = False
     keep: float = 0.7
     k: tuple[int, ...] = ()
     points: int = 0
@@ -223,14 +224,10 @@ def _live(build: Builder, place: Place) -> Value | None:
 
 def _sizes(build: Builder, place: Place, sample: Sample) -> Value:
     """``[B, K, 1]``: protected tokens keep their size; the other live ones share that of all tokens before."""
-    protected = place.protected
     before = place.sizes if place.sizes is not None else initial_sizes(build, place.x)
     dtype = before.type.dtype
     kept = build(Mul(sample.select(build, before), build(Cast(column(build, sample.live), dtype=dtype))))
-    all_before, some = span(build, before, protected), span(build, kept, protected)
-    total, left = (build(Sum(sizes, dims=(1,), keepdim=True)) for sizes in (all_before, some))
-    factor = build(Div(total, build(Maximum(left, build.scalar(1e-9, dtype)))))
-    return joined(build, span(build, kept, 0, protected), build(Mul(some, factor)))
+    return made_up(build, kept, before, place.protected)
 
 
 def _down_to(counts: Sequence[int], tokens: int) -> Removals:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
+from trimtab.ir.dtypes import DType
 from trimtab.ir.ops import Div, Full, Log, Maximum, Mul, Reshape, Sum
-from trimtab.passes.tokens.rows import numbers, span, sum_into, take
+from trimtab.passes.tokens.rows import joined, numbers, span, sum_into, take
 
 SMALLEST_SIZE = 1e-9
 """What the sizes of rows are at least when sums are divided by them, so that a row of padding alone becomes zero."""
@@ -25,9 +26,17 @@ class Assignment:
     target: Value
     count: int
 
-    def sum(self, build: Builder, x: Value) -> Value:
-        """x ``[B, N, C]`` with the tokens of each new row added: ``[B, count, C]``."""
-        return sum_into(build, x, self.target, self.count)
+    def sum(self, build: Builder, x: Value, apart: int = 0) -> Value:
+        """x ``[B, N, C]`` with the tokens of each new row added: ``[B, count, C]``.
+
+        ``apart`` of the protected tokens do not pass through the sum: where nothing else is read later, all that was
+        computed for others can be left out.
+        """
+        if not apart:
+            return sum_into(build, x, self.target, self.count)
+        rows = build(Sub(span(build, self.target, apart), build.scalar(apart, DType.I64)))
+        rest = sum_into(build, span(build, x, apart), rows, self.count - apart)
+        return joined(build, span(build, x, 0, apart), rest)
 
     def merge(self, build: Builder, x: Value, sizes: Value | None = None) -> tuple[Value, Value]:
         """The mean of the tokens of each new row, weighted by how many tokens each of them already stands for.
@@ -58,12 +67,21 @@ class Assignment:
 
 def divided(build: Builder, total: Value, sizes: Value) -> Value:
     """Sums of rows ``[B, count, C]`` over their sizes ``[B, count, 1]``; rows of size 0 are zero."""
-    return build(Div(total, build(Maximum(sizes, build.scalar(SMALLEST_SIZE, sizes.type.dtype)))))
-
+    """Sizes ``kept`` ``[B, K, 1]`` of what is left, scaled behind the protected ones so that they add up to as much as
+    those ``before`` ``[B, N, 1]``: a mean or sum over tokens then still counts all."""
 
 def initial_sizes(build: Builder, x: Value) -> Value:
     """Ones ``[B, N, 1]`` in x's dtype: every token stands for itself."""
     return build(Full(1.0, x.type.dtype, (*x.type.shape[:2], 1)))
+
+
+def made_up(build: Builder, kept: Value, before: Value, protected: int) -> Value:
+    """Sizes ``kept`` ``[B, K, 1]`` of what is left of tokens, scaled behind the protected ones so that they add up to as
+    much as those ``before`` ``[B, N, 1]``: a mean or sum over tokens then still counts all."""
+    ours, wanted = (span(build, sizes, protected) for sizes in (kept, before))
+    total, left = (build(Sum(sizes, dims=(1,), keepdim=True)) for sizes in (wanted, ours))
+    scaled = build(Mul(ours, divided(build, total, left)))
+    return joined(build, span(build, kept, 0, protected), scaled)
 
 
 def identity(build: Builder, like: Value, tokens: int) -> Assignment:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from trimtab.ir.core import Value
-from trimtab.ir.ops import Div, Full, Maximum, Mul, Sum
-from trimtab.passes.tokens.assignment import SMALLEST_SIZE
+from trimtab.ir.ops import Full
+from trimtab.passes.tokens.assignment import made_up
 from trimtab.passes.tokens.reduction import TokenReduction
 from trimtab.passes.tokens.rows import joined, span
 from trimtab.passes.tokens.schedules import Removals
@@ -57,8 +57,6 @@ def sizes_for_all(place: Place, count: int, kept: Value | None = None) -> Value:
         ones = build(Full(1.0, dtype, (batch, place.protected, 1)))
         return joined(build, ones, build(Full((place.tokens - place.protected) / count, dtype, (batch, count, 1))))
     dtype = place.sizes.type.dtype
-    first, rest = span(build, place.sizes, 0, place.protected), span(build, place.sizes, place.protected)
+    first = span(build, place.sizes, 0, place.protected)
     parts = kept if kept is not None else build(Full(1.0, dtype, (batch, count, 1)))
-    wanted, total = (build(Sum(sizes, dims=(1,), keepdim=True)) for sizes in (rest, parts))
-    scale = build(Div(wanted, build(Maximum(total, build.scalar(SMALLEST_SIZE, dtype)))))
-    return joined(build, first, build(Mul(parts, scale)))
+    return made_up(build, joined(build, first, parts), place.sizes, place.protected)

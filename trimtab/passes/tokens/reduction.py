@@ -35,6 +35,8 @@ class TokenReduction(Pass):
 
     contract: ClassVar[Contract] = Lossy()
     grows_weights: ClassVar[bool] = True  # by constants that raising computes
+    gives_back: ClassVar[bool] = True
+    """Whether ``unmerge`` is possible: not where tokens are dropped."""
     budget: float = 0.0
     max_drop: float = 0.0
     layers: tuple[int, ...] = ()
@@ -144,7 +146,8 @@ class TokenReduction(Pass):
                 "tokens cannot be reduced",
                 values={"because": blocker.reason},
                 rule=f"that is behind the last of {len(stream.layers)} layers and needs all {stream.tokens} tokens",
-                fix=f"give them back there with {self.name}{{unmerge=true}}, or leave the pass out",
+                fix=f"give them back there with {self.name if self.gives_back else 'merge-tokens'}{{unmerge=true}}, "
+                "or leave the pass out",
                 location=blocker.location,
             )
         kept = [number for number in asked if number not in usable]

@@ -70,8 +70,10 @@ class MergeStep(Step):
         self.assignment = assignment
         self.count = assignment.count
         self._before = place.sizes
+        # Behind the last layer a classifier reads the class token alone.
+        self._apart = place.protected if place.number == place.depth - 1 else 0
         before = place.sizes if place.sizes is not None else initial_sizes(build, place.x)
-        self.sizes = assignment.sum(build, before)
+        self.sizes = assignment.sum(build, before, self._apart)
         if proportional:
             self.key_mask = size_bias(build, self.sizes)
         elif place.padded:
@@ -82,7 +84,7 @@ class MergeStep(Step):
         if y.type.dtype is not sizes.type.dtype:
             weights = build(Cast(weights, dtype=y.type.dtype)) if weights is not None else None
             sizes = build(Cast(sizes, dtype=y.type.dtype))
-        total = self.assignment.sum(build, y if weights is None else build(Mul(y, weights)))
+        total = self.assignment.sum(build, y if weights is None else build(Mul(y, weights)), self._apart)
         return divided(build, total, sizes)
 
     def restore(self, build: Builder, y: Value) -> Value:
