@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.ops import Div, Full, Log, Maximum, Mul, Reshape, Sum
+from trimtab.ir.ops import Div, Full, Log, Maximum, Mul, Reshape, Sub, Sum
 from trimtab.passes.tokens.rows import joined, numbers, span, sum_into, take
 
 SMALLEST_SIZE = 1e-9
@@ -67,8 +67,8 @@ class Assignment:
 
 def divided(build: Builder, total: Value, sizes: Value) -> Value:
     """Sums of rows ``[B, count, C]`` over their sizes ``[B, count, 1]``; rows of size 0 are zero."""
-    """Sizes ``kept`` ``[B, K, 1]`` of what is left, scaled behind the protected ones so that they add up to as much as
-    those ``before`` ``[B, N, 1]``: a mean or sum over tokens then still counts all."""
+    return build(Div(total, build(Maximum(sizes, build.scalar(SMALLEST_SIZE, sizes.type.dtype)))))
+
 
 def initial_sizes(build: Builder, x: Value) -> Value:
     """Ones ``[B, N, 1]`` in x's dtype: every token stands for itself."""
@@ -76,8 +76,8 @@ def initial_sizes(build: Builder, x: Value) -> Value:
 
 
 def made_up(build: Builder, kept: Value, before: Value, protected: int) -> Value:
-    """Sizes ``kept`` ``[B, K, 1]`` of what is left of tokens, scaled behind the protected ones so that they add up to as
-    much as those ``before`` ``[B, N, 1]``: a mean or sum over tokens then still counts all."""
+    """Sizes ``kept`` ``[B, K, 1]`` of what is left, scaled behind the protected ones so that they add up to as much as
+    those ``before`` ``[B, N, 1]``: a mean or sum over tokens then still counts all."""
     ours, wanted = (span(build, sizes, protected) for sizes in (kept, before))
     total, left = (build(Sum(sizes, dims=(1,), keepdim=True)) for sizes in (wanted, ours))
     scaled = build(Mul(ours, divided(build, total, left)))
