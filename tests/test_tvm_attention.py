@@ -100,6 +100,23 @@ def test_masks_are_broadcast_and_rows_without_keys_give_zeros(kind: str, shape: 
     check(attention(one, mask=(dtype, shape), scale=0.2, causal=causal), one, allowed(shape, kind))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 43), (2, 4, 1, 43), (1, 43), (4, 1, 43), (2, 1, 1, 1)])
+@pytest.mark.parametrize(("key_heads", "queries"), [(4, 19), (2, 19), (2, 1)])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_an_addend_for_each_key(shape: tuple[int, ...], key_heads: int, queries: int, causal: bool) -> None:
+    """The logarithms of the sizes of merged tokens, and -inf for keys that are padding."""
+    shapes = [(2, 4, queries, 24), (2, key_heads, 43, 24), (2, key_heads, 43, 24)]
+    sizes = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(3)).float()
+    sizes[..., 0] = 2
+    check(attention(shapes, mask=(DType.F32, shape), scale=0.2, causal=causal), shapes, sizes.log())
+
+
+def test_an_addend_for_each_key_over_several_blocks() -> None:
+    shapes = [(1, 33, 16), (1, 4097, 16), (1, 4097, 16)]
+    addend = torch.randn(1, 4097, generator=torch.Generator().manual_seed(4))
+    check(attention(shapes, mask=(DType.F32, (1, 4097)), scale=0.5), shapes, addend)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_long_rows_are_taken_in_blocks(causal: bool, masked: bool) -> None:

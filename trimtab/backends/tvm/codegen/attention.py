@@ -56,6 +56,7 @@ class AttentionProblem:
         queries, keys: lengths; depth: of a head's queries and keys; width: of its values.
         q, k, v: read ``(*batch, head, position, channel)`` in the working type.
         mask: read ``(*batch, head, query, key)``; bool or an addend in the working type; None for no mask.
+        mask_is_of_keys: whether the mask is the same for all queries and query heads that read a key head.
         out: store at ``(*batch, head, query, channel)``.
     """
 
@@ -71,6 +72,7 @@ class AttentionProblem:
     v: Read
     mask: Read | None
     mask_is_bool: bool
+    mask_is_of_keys: bool
     out: Write
     scale: float
     causal: bool
@@ -88,6 +90,7 @@ class _Buffers:
     sums: Any
     largest: Any
     totals: Any
+    bias: Any = None
 
 
 def attention_loops(machine: Machine, p: AttentionProblem) -> Stmt:
@@ -129,6 +132,8 @@ class _Attention:
         self.panels = self.product.panels(problem.keys, equal=not self.single)
         self.width = sum(columns for _, columns in self.product.known_panels(problem.width))
         self.shared = problem.heads // problem.key_heads
+        # Copied once, with room behind its end, an addend costs no more than a load per vector of scores.
+        self.biased = problem.mask is not None and problem.mask_is_of_keys and not problem.mask_is_bool
 
     def _stored_type(self) -> str:
         """The type in which queries, keys and values lie in memory, or the working type where they differ."""
@@ -203,6 +208,7 @@ class _Attention:
             return sequence(
                 product.pack_transposed(b.keys, p.keys, p.depth, lambda j, d: p.k(*batch, head, j, d), self.panels),
                 product.pack(b.values, p.keys, p.width, lambda j, e: p.v(*batch, head, j, e)),
+                self._bias(batch, head, b) if self.biased else None,
                 self._groups(batch, head, part, parts, b),
             )
 
@@ -213,7 +219,19 @@ class _Attention:
             ("values", [product.words_of(p.keys) * index(self.width)]),
             ("scores", [index(self.rows), index(pitch)]), ("powers", [index(self.rows), index(powers)]),
             ("sums", [*state, index(self.width)]), ("largest", states), ("totals", states),
+            *([("bias", [as_index(p.keys) + index(product.lanes)])] if self.biased else []),
         ], [])  # fmt: skip
+
+    def _bias(self, batch: list[Expr], key_head: Expr, b: _Buffers) -> Stmt:
+        """Copy what the mask adds to exponents."""
+        p, lanes, mask = self.p, self.product.lanes, self.p.mask
+        assert mask is not None
+        head, zero = key_head * index(self.shared), tirx.const(0, p.dtype)
+        return sequence(
+            vectors(p.keys, lanes, lambda j: store(
+                b.bias, [j], self.softmax.bias_of(mask(*batch, head, index(0), j)))),
+            lanes_of(index(0), lanes, lambda j: store(b.bias, [as_index(p.keys) + j], zero)),
+        )  # fmt: skip
 
     def _groups(self, batch: list[Expr], key_head: Expr, part: Expr, parts: int, b: _Buffers) -> Stmt:
         queries = as_index(self.p.queries)
@@ -353,7 +371,7 @@ class _Attention:
         b: _Buffers,
     ) -> Stmt:  # fmt: skip
         p, lanes = self.p, self.product.lanes
-        mask = p.mask
+        mask = None if self.biased else p.mask
 
         def rescale(factor: Expr) -> Stmt:
             def vector(n: Expr) -> Stmt:
@@ -370,6 +388,7 @@ class _Attention:
                 b.scores, r, count, covered,
                 None if mask is None else lambda j: mask(*batch, head, query, start + j),
                 b.largest, b.totals, t * index(self.rows) + r, None if self.single else rescale,
+                (lambda j: load(b.bias, start + j)) if self.biased else None,
             )  # fmt: skip
             rounded = self.product.round_row(b.scores, b.powers, r, covered) if self.product.narrow else None
             return sequence(powers, rounded)

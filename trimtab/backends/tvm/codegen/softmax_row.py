@@ -53,7 +53,7 @@ class RowSoftmax:
 
     def block(
         self, scores: Any, r: Expr, count: Expr, covered: Expr, mask: Mask | None,
-        largest: Any, total: Any, at: Expr, rescale: Callable[[Expr], Stmt] | None,
+        largest: Any, total: Any, at: Expr, rescale: Callable[[Expr], Stmt] | None, bias: Mask | None = None,
     ) -> Stmt:  # fmt: skip
         """Replace the scores of a row in a block of keys by the powers of their differences from the largest so far.
 
@@ -65,6 +65,7 @@ class RowSoftmax:
             largest, total: the largest exponent and the sum of the powers at position ``at``, both up to date when
                 earlier blocks are done.
             rescale: multiplies what else depends on earlier blocks by a factor; None in a row's only block.
+            bias: instead of a mask, what is added to exponents, with room for a vector behind the last key.
         """
         lanes = self.lanes
         full = floor_div(count, lanes)
@@ -73,12 +74,14 @@ class RowSoftmax:
         low, zero = tirx.const(-math.inf, self.dtype), tirx.const(0, self.dtype)
         factor = tirx.const(self.scale * math.log2(math.e), self.dtype)
         # Without a mask and with a positive factor the largest exponent is that of the largest score.
-        plain = mask is None and self.scale > 0
+        plain = mask is None and bias is None and self.scale > 0
 
         def raw(j: Expr) -> Expr:
             return load(scores, r, j)
 
         def exponent(j: Expr) -> Expr:
+            if bias is not None:
+                return raw(j) * factor + bias(j)
             return raw(j) if mask is not None else raw(j) * factor
 
         def masked(j: Expr) -> Stmt:
@@ -87,7 +90,7 @@ class RowSoftmax:
             if self.mask_is_bool:
                 value = tirx.Select(mask(j), value, low)
             else:
-                value = value + mask(j) * tirx.const(math.log2(math.e), self.dtype)
+                value = value + self.bias_of(mask(j))
             return store(scores, [r, j], value)
 
         def vector(n: Expr, body: Callable[[Expr], Stmt]) -> Stmt:
@@ -178,6 +181,10 @@ class RowSoftmax:
         """What powers are multiplied by in the end; 0 for a row that may attend to nothing."""
         zero = tirx.const(0, self.dtype)
         return tirx.Select(eq(total, zero), zero, tirx.const(1, self.dtype) / total)
+
+    def bias_of(self, mask: Expr) -> Expr:
+        """What an addend of scores adds to exponents."""
+        return mask * tirx.const(math.log2(math.e), self.dtype)
 
     def _power(self, exponent: Expr) -> Expr:
         return exp2_at_most_one(exponent) if self.dtype == "float32" else tirx.exp2(exponent)

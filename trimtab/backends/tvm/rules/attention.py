@@ -27,6 +27,14 @@ def _known_axes(op: Any) -> str:
     return ""
 
 
+def _is_of_keys(op: Any) -> bool:
+    """Whether the mask is the same for all queries and query heads that read a key head."""
+    if op.mask is None or op.mask.type.rank < 2 or op.mask.type.shape[-2] != 1:
+        return False
+    own_keys = op.q.type.shape[-3] == op.k.type.shape[-3]
+    return own_keys or op.mask.type.rank == 2 or op.mask.type.shape[-3] == 1
+
+
 @loops_for(ops.Attention, absorbs_permute=True, check=_known_axes)
 def _attention(
     op: Any, scope: Scope, outs: list[Target], q: Operand, k: Operand, v: Operand, mask: Operand | None
@@ -58,7 +66,7 @@ def _attention(
         key_heads=op.k.type.shape[-3] if known else 1,
         queries=q.shape[-2], keys=k.shape[-2], depth=q.shape[-1], width=op.v.type.shape[-1],
         q=reader(q), k=reader(k), v=reader(v), mask=read_mask if mask is not None else None,
-        mask_is_bool=mask is not None and mask.dtype == "bool",
+        mask_is_bool=mask is not None and mask.dtype == "bool", mask_is_of_keys=_is_of_keys(op),
         out=lambda *at, value: out.store(place(at), cast(value, out.dtype)),
         scale=op.scale, causal=op.causal, dtype=work,
     ))  # fmt: skip
