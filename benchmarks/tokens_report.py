@@ -39,6 +39,8 @@ def digits_lines(rows: Sequence[DigitsRow]) -> Iterator[str]:
 def distilled_lines(rows: Sequence[DigitsRow], whole: float) -> Iterator[str]:
     """Accuracy before and after distillation, and what is lost against the unreduced model, in points."""
     for row in rows:
+        if row.reason and row.budget == min(other.budget for other in rows):
+            yield f"{row.pipeline:58s} missing: {row.reason}"
         if row.distilled is not None and row.accuracy is not None:
             lost = 100 * (whole - row.accuracy), 100 * (whole - row.distilled)
             yield (f"{row.pipeline:58s} {row.accuracy:.2%} ({lost[0]:.2f} points lost), after {row.steps} steps "
