@@ -117,6 +117,13 @@ def test_the_compiled_model_agrees_and_keeps_attention_whole() -> None:
         np.testing.assert_allclose(got, interpret(module, [image])[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("head", "layers"), [("class", 2), ("mean", 3)])
+def test_behind_the_last_layer_only_what_is_read_is_computed(head: Head, layers: int) -> None:
+    """A class token is alone: where it is all that is read, no tokens of the last layer are matched or added up."""
+    module = trimtab.optimize(traced(tiny_vit(head)), "cleanup,merge-tokens{r=4},fuse", check="never").module
+    assert sum(isinstance(op, Scatter) for op in module.walk()) == 2 * layers  # of tokens and of their sizes
+
+
 def _saved(made: trimtab.Artifact) -> str:
     import tempfile
     from pathlib import Path

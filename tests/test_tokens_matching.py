@@ -200,6 +200,31 @@ def test_the_first_of_the_largest_is_found(draw: Any) -> None:
     np.testing.assert_array_equal(position, x.argmax(2))
 
 
+@pytest.mark.parametrize("apart", [1, 2])
+def test_protected_tokens_apart_give_the_same_sums(apart: int) -> None:
+    x = normal(3, 14, 6)
+
+    def make(build: Builder, value: Value) -> list[Value]:
+        found = bipartite_matching(build, value, 5, 2)
+        return [found.sum(build, value), found.sum(build, value, apart)]
+
+    together, separate = evaluated(make, x)
+    np.testing.assert_allclose(separate, together, rtol=1e-14)
+
+
+def test_a_token_that_stays_alone_is_not_rounded() -> None:
+    x, sizes = normal(1, 17, 6), np.full((1, 17, 1), 3.0)
+
+    def make(build: Builder, value: Value, count: Value) -> list[Value]:
+        found = bipartite_matching(build, value, 4, 1)
+        return [found.merge(build, value, count)[0], found.target]
+
+    merged, target = evaluated(make, x, sizes)
+    alone = [n for n in range(17) if (target[0] == target[0, n]).sum() == 1]
+    assert len(alone) >= 9
+    np.testing.assert_array_equal(merged[0, target[0, alone]], x[0, alone])
+
+
 def test_sizes_start_at_one() -> None:
     def make(build: Builder, x: Value) -> list[Value]:
         found = Assignment(identity(build, x, 3).target, 3)

@@ -52,9 +52,21 @@ class Assignment:
         """
         if sizes is None:
             sizes = initial_sizes(build, x)
-        total = self.sum(build, build(Mul(x, sizes)))
-        sizes = self.sum(build, sizes)
-        return divided(build, total, sizes), sizes
+        total = self.sum(build, sizes)
+        return self.sum(build, build(Mul(x, self.shares(build, sizes, total)))), total
+
+    def shares(self, build: Builder, sizes: Value, total: Value) -> Value:
+        """The share of each token in its new row ``[B, N, 1]``: its own size over the size of that row.
+
+        Multiplied by it before they are added, tokens become their mean, and no pass over the new rows has to divide
+        them. A token that is alone has the share 1 and stays what it is, one of size 0 has none.
+
+        Args:
+            build: where ops go.
+            sizes: ``[B, N, 1]``.
+            total: sizes of the new rows, ``[B, count, 1]``.
+        """
+        return divided(build, sizes, take(build, total, self.target))
 
     def unmerge(self, build: Builder, y: Value) -> Value:
         """Tokens y ``[B, count, C]`` (or ``[B, count]``) copied back to all that they stand for: ``[B, N, C]``."""
@@ -66,7 +78,7 @@ class Assignment:
 
 
 def divided(build: Builder, total: Value, sizes: Value) -> Value:
-    """Sums of rows ``[B, count, C]`` over their sizes ``[B, count, 1]``; rows of size 0 are zero."""
+    """Sums of rows ``[B, N, C]`` over their sizes ``[B, N, 1]``; rows of size 0 are zero."""
     return build(Div(total, build(Maximum(sizes, build.scalar(SMALLEST_SIZE, sizes.type.dtype)))))
 
 

@@ -69,23 +69,21 @@ class MergeStep(Step):
         build = place.build
         self.assignment = assignment
         self.count = assignment.count
-        self._before = place.sizes
         # Behind the last layer a classifier reads the class token alone.
         self._apart = place.protected if place.number == place.depth - 1 else 0
-        before = place.sizes if place.sizes is not None else initial_sizes(build, place.x)
-        self.sizes = assignment.sum(build, before, self._apart)
+        self._before = place.sizes if place.sizes is not None else initial_sizes(build, place.x)
+        self.sizes = assignment.sum(build, self._before, self._apart)
         if proportional:
             self.key_mask = size_bias(build, self.sizes)
         elif place.padded:
             self.key_mask = counted(build, self.sizes)
 
     def shorten(self, build: Builder, y: Value) -> Value:
-        weights, sizes = self._before, self.sizes
-        if y.type.dtype is not sizes.type.dtype:
-            weights = build(Cast(weights, dtype=y.type.dtype)) if weights is not None else None
-            sizes = build(Cast(sizes, dtype=y.type.dtype))
-        total = self.assignment.sum(build, y if weights is None else build(Mul(y, weights)), self._apart)
-        return divided(build, total, sizes)
+        if self._apart:
+            weights, sizes = (_as(build, value, y) for value in (self._before, self.sizes))
+            return divided(build, self.assignment.sum(build, build(Mul(y, weights)), self._apart), sizes)
+        shares = _as(build, self.assignment.shares(build, self._before, self.sizes), y)
+        return self.assignment.sum(build, build(Mul(y, shares)))
 
     def restore(self, build: Builder, y: Value) -> Value:
         return self.assignment.unmerge(build, y)
@@ -141,6 +139,11 @@ class SelectStep(Step):
 
     def target(self, build: Builder) -> Value:
         return self.selection.target(build)
+
+
+def _as(build: Builder, value: Value, y: Value) -> Value:
+    """``value`` in the dtype of y."""
+    return value if value.type.dtype is y.type.dtype else build(Cast(value, dtype=y.type.dtype))
 
 
 def counted(build: Builder, sizes: Value) -> Value:
