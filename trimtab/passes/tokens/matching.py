@@ -88,8 +88,8 @@ def bipartite_matching(build: Builder, metric: Value, r: int, protected: int = 1
         )
     if r == 0:
         return identity(build, metric, tokens)
-    unit = unit_rows(build, metric)
-    candidates, receivers = (span(build, unit, protected + (protected + odd) % 2, step=2) for odd in (0, 1))
+    unit = unit_rows(build, span(build, metric, protected))
+    candidates, receivers = (span(build, unit, (protected + odd) % 2, step=2) for odd in (0, 1))
     # Receivers come last.
     rows = iter(range(tokens - r - token_count(receivers), tokens - r))
     fixed = [n if n < protected else None if n % 2 == 0 else next(rows) for n in range(tokens)]
