@@ -57,14 +57,15 @@ def test_every_pass_keeps_to_the_budget(made: list[tuple[DigitsRow, Module | Non
     assert "the budget cannot be met" in others[-1][0].reason
 
 
-def test_compiled_models_are_timed_in_turns(made: list[tuple[DigitsRow, Module | None]], model: DigitsModel) -> None:
-    two = made[:2]
-    time_all(two, model.digits.held_out_images[:8], threads=1, runs=1)
-    whole, less = (row for row, _ in two)
+def test_a_compiled_model_is_timed(made: list[tuple[DigitsRow, Module | None]], model: DigitsModel) -> None:
+    time_all([made[0], made[-1]], model.digits.held_out_images[:8], threads=1, runs=1)
+    whole, failed = made[0][0], made[-1][0]
+    assert whole.median_ms is not None
+    assert whole.best_ms is not None
+    assert 0 < whole.best_ms <= whole.median_ms
     assert whole.speed == whole.best_speed == 1
-    assert less.median_ms is not None
-    assert less.speed == pytest.approx(whole.median_ms / less.median_ms)
-    lines = list(digits_lines([whole, less, DigitsRow("x", "x{budget=0.5}", 0.5, reason="why not")]))
+    assert failed.median_ms is None
+    lines = list(digits_lines([whole, DigitsRow("x", "x{budget=0.5}", 0.5, reason="why not")]))
     assert lines[1].startswith("all tokens")
     assert "100.0%" in lines[1]
     assert "1.00x" in lines[1]
