@@ -1,4 +1,7 @@
-"""Settings of the whole test suite: offline, reproducible, one thread per worker."""
+"""Settings of the whole test suite: offline, reproducible, one thread per worker.
+
+Random numbers depend on the test that draws them and on ``--seed``, and not on the tests that ran before it.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import difflib
+import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
+import torch
 
 hypothesis.settings.register_profile("trimtab", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("trimtab")
@@ -34,6 +41,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the files in tests/golden to what tests produce"
     )
+    parser.addoption("--seed", type=int, default=0, help="draw other random numbers in all tests (default: 0)")
+
+
+def _seed(config: pytest.Config, drawn_by: str) -> None:
+    seed = zlib.crc32(f"{config.getoption('--seed')} {drawn_by}".encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    _seed(collector.config, collector.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    _seed(request.config, f"{request.node.nodeid} {fixturedef.argname} {request.param_index}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item.config, item.nodeid)
 
 
 @pytest.fixture
