@@ -151,7 +151,8 @@ EXAMPLES: dict[type[Op], list[OpExample]] = {}
 def _add(cls: type[Op], label: str, *operands: Operand, ranges: Mapping[str, tuple[float, float]] | None = None,
          draw: Mapping[str, Draw] | None = None, special: bool = False, body: Callable[[], Graph] | None = None,
          **attributes: Any) -> None:  # fmt: skip
-    example = OpExample(cls, label, operands, attributes, ranges or {}, draw or {}, special, body)
+    absent = (None,) * (len(cls.operand_fields) - len(operands))
+    example = OpExample(cls, label, (*operands, *absent), attributes, ranges or {}, draw or {}, special, body)
     EXAMPLES.setdefault(cls, []).append(example)
 
 
@@ -262,6 +263,53 @@ _add(ops.Matmul, "column", f32(2, 3, 7), f32(7))
 _add(ops.Matmul, "dot", f32(7), f32(7))
 _add(ops.Matmul, "symbolic", f32(BATCH, 4, SEQ, 8), f32(BATCH, 4, 8, SEQ))
 _add(ops.Matmul, "integers", i64(3, 7), i64(7, 5))
+
+U8_RANGE, I8_RANGE = {"x": (0, 256)}, {"x": (-128, 128)}
+_add(ops.Quantize, "tensor", f32(2, 300), f32(), dtype=DType.I8, low=-127, high=127, ranges={"scale": (0.01, 0.02)})
+_add(ops.Quantize, "zero", f32(BATCH, 9, 16), f32(), u8(), dtype=DType.U8, low=0, high=255,
+     ranges={"scale": (0.01, 0.02), "zero": (100, 140)})  # fmt: skip
+_add(ops.Quantize, "rows", f32(BATCH, 9, 16), f32(BATCH, 9, 1), dtype=DType.I8, low=-127, high=127,
+     ranges={"scale": (0.01, 0.02)})  # fmt: skip
+_add(ops.Quantize, "six-bits", f32(5, 16), f32(16), i32(16), dtype=DType.U8, low=0, high=63,
+     ranges={"scale": (0.05, 0.1), "zero": (20, 40)})  # fmt: skip
+_add(ops.Quantize, "special", f32(5, 16), f32(), dtype=DType.I8, low=-128, high=127, ranges={"scale": (0.01, 0.02)},
+     special=True)  # fmt: skip
+_add(ops.Dequantize, "sums", i32(BATCH, 9, 16), f32(16), i32(16),
+     ranges={"x": (-(1 << 31), 1 << 31), "scale": (0.01, 0.02), "zero": (-(1 << 31), 1 << 31)})  # fmt: skip
+_add(ops.Dequantize, "bytes", u8(9, 16), f32(), u8(), ranges={**U8_RANGE, "scale": (0.01, 0.02)})
+_add(ops.Dequantize, "rows", i8(9, 16), f32(9, 1), ranges={**I8_RANGE, "scale": (0.01, 0.02)})
+_add(
+    ops.Requantize,
+    "columns",
+    i32(BATCH, 16),
+    i32(16),
+    i32(16),
+    dtype=DType.I8,
+    low=-128,
+    high=127,
+    zero=3,
+    ranges={"x": (-(1 << 31), 1 << 31), "multiplier": (1 << 30, (1 << 31) - 1), "shift": (50, 62)},
+)
+_add(ops.Requantize, "tensor", i32(300), i32(), i32(), dtype=DType.U8, low=0, high=255,
+     ranges={"x": (-4000, 4000), "multiplier": (1 << 10, 1 << 11), "shift": (12, 15)})  # fmt: skip
+_EXTREMES = {"weight": (-128, 128), "y": (-128, 128)}
+_add(ops.LinearInteger, "unsigned", u8(BATCH, 7, 64), i8(40, 64), ranges={**U8_RANGE, **_EXTREMES})
+_add(ops.LinearInteger, "signed", i8(33, 64), i8(96, 64), ranges={**I8_RANGE, **_EXTREMES})
+_add(ops.LinearInteger, "odd-depth", u8(5, 13), i8(9, 13), ranges={**U8_RANGE, **_EXTREMES})
+_add(ops.MatmulInteger, "batch", u8(BATCH, 3, 7, 16), i8(BATCH, 3, 16, 9),
+     ranges={**U8_RANGE, **_EXTREMES})  # fmt: skip
+_add(ops.MatmulInteger, "unsigned", i8(5, 13), u8(13, 9), ranges={**I8_RANGE, "y": (0, 256)})
+_PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+_add(ops.ConvInteger, "patches", u8(BATCH, 3, 16, 16), i8(24, 3, 4, 4),
+     ranges={**U8_RANGE, **_EXTREMES}, **{**_PLAIN, "stride": (4, 4)})  # fmt: skip
+_add(ops.ConvInteger, "padded", u8(2, 8, 7, 9), i8(6, 4, 3, 3), u8(1), groups=2,
+     ranges={**U8_RANGE, **_EXTREMES, "zero": (100, 140)}, **{**_PLAIN, "padding": (1, 1)})  # fmt: skip
+_add(ops.ConvInteger, "channels-last", i8(2, 7, 9, 8), i8(6, 8, 3, 3), channels_last=True,
+     ranges={**I8_RANGE, **_EXTREMES}, **{**_PLAIN, "padding": (1, 1)})  # fmt: skip
+_add(ops.LinearGroupwise, "bytes", f32(BATCH, 64), i8(40, 64), f32(40, 2), group=32,
+     ranges={"weight": (-128, 128), "scale": (0.001, 0.01)})  # fmt: skip
+_add(ops.LinearGroupwise, "zeros", f32(3, 5, 64), u8(40, 64), f32(40, 4), u8(40, 4), f32(40), group=16,
+     ranges={"weight": (0, 16), "scale": (0.01, 0.1), "zero": (0, 16)})  # fmt: skip
 _add(ops.Einsum, "matrix", (f32(3, 7), f32(7, 5)), equation="ij,jk->ik")
 _add(ops.Einsum, "heads", (f32(BATCH, SEQ, 4, 8), f32(BATCH, SEQ, 4, 8)), equation="bqhd,bkhd->bhqk")
 _add(ops.Einsum, "ellipsis", (f32(2, 3, 7), f32(7, 5)), equation="...j,jk->...k")

@@ -18,7 +18,10 @@ from trimtab.ir.dims import Dim, Symbol, evaluate
 from trimtab.ir.fused import is_constant
 from trimtab.ir.op import Op
 
-CONTRACTIONS = (ops.Linear, ops.Matmul, ops.Einsum, ops.Conv1d, ops.Conv2d, ops.Conv3d)
+CONTRACTIONS = (
+    ops.Linear, ops.Matmul, ops.Einsum, ops.Conv1d, ops.Conv2d, ops.Conv3d, ops.LinearInteger, ops.MatmulInteger,
+    ops.ConvInteger,
+)  # fmt: skip
 _REDUCTIONS = (ops.Sum, ops.Mean, ops.Prod, ops.Amax, ops.Amin, ops.Any, ops.All)
 _ROW_OPS = (*_REDUCTIONS, ops.Softmax, ops.LogSoftmax, ops.LayerNorm, ops.RmsNorm)
 # Each element of the result is one element of the first operand, and no element is read twice.

@@ -34,6 +34,7 @@ ALIGNMENT = 64
 """Bytes to which generated code expects every tensor to be aligned."""
 _PRODUCTS = (
     ops.Linear, ops.Matmul, ops.Einsum, ops.Conv1d, ops.Conv2d, ops.Conv3d, ops.ConvTranspose1d, ops.ConvTranspose2d,
+    ops.LinearInteger, ops.MatmulInteger, ops.ConvInteger,
 )  # fmt: skip
 """Ops whose rules widen what they read."""
 

@@ -95,6 +95,10 @@ class Layout:
 
 PLAIN = Layout()
 
+_PRODUCTS = (ops.Linear, ops.LinearInteger, ops.Conv2d, ops.ConvInteger)
+_NARROW = {(DType.BF16, DType.BF16): "bf16", (DType.U8, DType.I8): "u8*s8", (DType.I8, DType.I8): "s8*s8"}
+"""The kinds of factors that instructions multiply in groups of neighbours."""
+
 
 def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> Iterator[bytes | memoryview]:
     """The stored bytes of a weight, a few panels at a time, so that no second copy of it is ever in memory."""
@@ -125,10 +129,10 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
     for id, uses in readers.items():
         weight = module.weights[id]
         found = list(_readers(uses))
-        multiplied = weight.type.dtype.is_floating and any(map(_is_matrix_of_linear, found))
+        multiplied = any(map(_is_matrix_of_linear, found))
         packable = multiplied and all(_is_matrix_of_linear(use) or _is_table(use) for use in found)
-        filters = weight.type.dtype.is_floating and bool(found) and all(map(_is_filter, found))
-        windows = weight.type.dtype.is_floating and bool(found) and all(map(_is_kernel_of_windows, found))
+        filters = bool(found) and all(map(_is_filter, found))
+        windows = bool(found) and all(map(_is_kernel_of_windows, found))
         layouts[id] = (
             _panels(weight, found, machine)
             if packable
@@ -186,7 +190,7 @@ def _readers(uses: Iterable[Use]) -> Iterator[Use]:
 
 
 def _is_matrix_of_linear(use: Use) -> bool:
-    return isinstance(use.user, ops.Linear) and use.index == 1
+    return isinstance(use.user, ops.Linear | ops.LinearInteger) and use.index == 1
 
 
 def _is_table(use: Use) -> bool:
@@ -205,7 +209,7 @@ def _filter_panels(weight: Weight, machine: Machine) -> Layout:
 def _is_kernel_of_windows(use: Use) -> bool:
     """Whether a use is that of a convolution whose kernel reads windows where they lie."""
     op = use.user
-    return isinstance(op, ops.Conv2d) and use.index == 1 and op.channels_last and op.groups == 1
+    return isinstance(op, ops.Conv2d | ops.ConvInteger) and use.index == 1 and op.channels_last and op.groups == 1
 
 
 def _taps(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
@@ -230,18 +234,17 @@ def _panels(weight: Weight, readers: Iterable[Use], machine: Machine) -> Layout:
 
 
 def _narrow_product(weight: Weight, readers: Iterable[Use], machine: Machine, depth: int) -> tuple[int, int] | None:
-    """Columns of a panel and neighbours in it for the product of two bfloat16 factors, where an instruction has one.
+    """Columns of a panel and neighbours in it for the product of two narrow factors, where an instruction has one.
 
     ``depth`` is the length of the sums that are taken at once.
     """
-    products = (use.user for use in readers if isinstance(use.user, ops.Linear | ops.Conv2d))
-    factors = {value.type.dtype for op in products for value in (op.x, op.weight)}
-    if weight.type.dtype is not DType.BF16 or factors != {DType.BF16}:
-        return None
+    kinds = {_NARROW.get((op.x.type.dtype, op.weight.type.dtype), "") for op in (use.user for use in readers)
+             if isinstance(op, _PRODUCTS)}  # fmt: skip
+    kind = kinds.pop() if len(kinds) == 1 else ""
     for isa in machine.instruction_sets:
-        product = isa.products.get("bf16")
+        product = isa.products.get(kind)
         if product is not None and product.group > 1 and depth % product.depth_step == 0:
-            return preferred_tiles(isa, "bf16")[0].vectors * isa.lanes, product.group
+            return preferred_tiles(isa, kind)[0].vectors * isa.lanes, product.group
     return None
 
 

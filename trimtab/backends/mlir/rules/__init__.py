@@ -10,6 +10,7 @@ from trimtab.backends.mlir.rules import (
     movement,
     normalization,
     pooling,
+    quantization,
     reduction,
     resize,
     sorting,
@@ -17,4 +18,4 @@ from trimtab.backends.mlir.rules import (
 from trimtab.backends.mlir.rules.registry import rule_for
 
 __all__ = ["attention", "contraction", "convolution", "creation", "elementwise", "indexing", "movement",
-           "normalization", "pooling", "reduction", "resize", "rule_for", "sorting"]  # fmt: skip
+           "normalization", "pooling", "quantization", "reduction", "resize", "rule_for", "sorting"]  # fmt: skip

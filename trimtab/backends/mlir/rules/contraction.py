@@ -46,6 +46,11 @@ def contract(code: Code, type: TensorType, operands: Sequence[tuple[Tensor, str]
 
 @lowers(ops.Linear)
 def _linear(op: Any, code: Code, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear_product(op, code, x, weight, bias)
+
+
+def linear_product(op: Any, code: Code, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, summed in the working type of the op's result."""
     type = op.result.type
     rows = product(x.shape[:-1])
     flat = code.reshape(x, (rows, x.shape[-1])) if x.rank != 2 else x
@@ -62,6 +67,11 @@ def _linear(op: Any, code: Code, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 @lowers(ops.Matmul)
 def _matmul(op: Any, code: Code, x: Tensor, y: Tensor) -> Tensor:
+    return matrix_product(op, code, x, y)
+
+
+def matrix_product(op: Any, code: Code, x: Tensor, y: Tensor) -> Tensor:
+    """The product of the last two axes of x and y, the others broadcast, in the working type of the op's result."""
     shape = op.result.type.shape
     leading = shape[: len(shape) - (x.rank > 1) - (y.rank > 1)]
     names = "abcdefgh"[: len(leading)]

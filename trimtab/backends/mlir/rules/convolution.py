@@ -17,6 +17,11 @@ from trimtab.ir.types import TensorType
 
 @lowers(ops.Conv1d, ops.Conv2d, ops.Conv3d)
 def _convolution(op: Any, code: Code, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return window_products(op, code, x, weight, bias)
+
+
+def window_products(op: Any, code: Code, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The sums of a convolution, whose attributes are those of ``op``, in the working type of its result."""
     with_channels_second, restored = channels_second(op, code)
     x = with_channels_second(x)
     if any(op.padding):

@@ -20,9 +20,11 @@ from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, rounding, transposition
 from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
-from trimtab.ir.dtypes import DType
+from trimtab.backends.tvm.microkernels.products import BITS
 
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8", "int8": "s8"}
+_FACTORS = {"float32": ("f32", "f16", "bf16"), "int32": ("u8", "s8")}
+"""The factors whose products are added in a type."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ def product_kind(contraction: Contraction, packs_b: bool) -> str:
     """
     work = str(contraction.stage.buffer.dtype)
     a, b = _stored_type(contraction.a), work if packs_b else _stored_type(contraction.b)
-    if work != "float32" or a not in SHORT or b not in SHORT:
+    kinds = [SHORT.get(stored, "") for stored in (a, b)]
+    if any(kind not in _FACTORS.get(work, ()) for kind in kinds):
         return ""
-    return SHORT[a] if a == b else f"{SHORT[a]}*{SHORT[b]}"
+    return kinds[0] if kinds[0] == kinds[1] and work == "float32" else "*".join(kinds)
 
 
 def without_casts(factor: Expr) -> Expr:
@@ -158,7 +161,7 @@ class TileProducts:
         kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
         self.used[kernel.name] = kernel.text
         steps = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
-        ahead = part * steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // DType(kernel.b_dtype).bits)
+        ahead = part * steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // BITS[kernel.b_dtype])
 
         def made(words: list[Expr]) -> Stmt:
             lda, ldc, steps = words

@@ -15,6 +15,7 @@ from trimtab.backends.tvm.rules import (  # noqa: F401  imported for their regis
     movement,
     normalization,
     pooling,
+    quantization,
     reduction,
     resize,
     rotary,

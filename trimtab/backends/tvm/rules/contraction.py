@@ -49,7 +49,11 @@ def _linear(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Operand | 
 
 @lowers(ops.Matmul, absorbs_permute=True)
 def _matmul(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
-    work = work_type(x.dtype)
+    return rounded(op, scope, matrix_product(op, scope, x, y, work_type(x.dtype)))
+
+
+def matrix_product(op: Any, scope: Scope, x: Operand, y: Operand, work: str) -> Any:
+    """The product of the last two axes of x and y, the others broadcast, in the type ``work``."""
     depth = x.shape[-1]
     k = te.reduce_axis((i64(0), depth), "k")
     batch_rank = op.result.type.rank - (x.rank > 1) - (y.rank > 1)
@@ -64,7 +68,7 @@ def _matmul(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
         right = [*lead(y, batch), k.var, *([rest.pop(0)] if y.rank > 1 else [])]
         return te.sum(cast(x(*left), work) * cast(y(*right), work), axis=k)
 
-    return rounded(op, scope, compute(scope.shape(op.result.type.shape), term, "matmul"))
+    return compute(scope.shape(op.result.type.shape), term, "matmul")
 
 
 def _letters(op: Any) -> tuple[list[list[str]], list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tvm import te, tirx
@@ -81,6 +81,12 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
         return rounded(op, scope, _with_bias(op, scope, _depthwise(op, scope, x, weight), bias))
     # Factors that an instruction multiplies in pairs stay as they are.
     read = padded(x, op.padding, op.padding, 1 if last else 2, x.dtype if weight.layout.group > 1 else work)
+    return rounded(op, scope, _with_bias(op, scope, window_sums(op, scope, read, weight, work), bias))
+
+
+def window_sums(op: Any, scope: Scope, read: Callable[..., Expr], weight: Operand, work: str) -> Any:
+    """The sums of a convolution over the windows of what ``read`` gives, padding included, in the type ``work``."""
+    last = isinstance(op, ops.Conv2d | ops.ConvInteger) and op.channels_last
     per_group_in = op.weight.type.shape[1]
     outputs = op.weight.type.shape[0]
     per_group_out = outputs // op.groups
@@ -109,8 +115,7 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, bias: Opera
         product = cast(element, work) * cast(_tap(op, weight, out, c, offsets), work)
         return te.sum(product, axis=axes) if axes else product
 
-    shape = scope.shape(op.result.type.shape)
-    return rounded(op, scope, _with_bias(op, scope, compute(shape, term, "conv"), bias))
+    return compute(scope.shape(op.result.type.shape), term, "conv")
 
 
 def _with_bias(op: Any, scope: Scope, product: Any, bias: Operand | None) -> Any:

@@ -1,0 +1,124 @@
+"""Quantized numbers, and products of integers: sums in 32 bits, which micro-kernels take where they fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import te, tirx
+
+from trimtab.backends.tvm.rules.contraction import matrix_product
+from trimtab.backends.tvm.rules.convolution import padded, window_sums
+from trimtab.backends.tvm.rules.elementwise import select
+from trimtab.backends.tvm.rules.registry import (
+    Expr,
+    Operand,
+    Scope,
+    cast,
+    compute,
+    const,
+    i64,
+    lowers,
+    tvm_dtype,
+)
+from trimtab.ir import ops
+
+SUM = "int32"
+"""The type of sums of products of bytes."""
+
+
+@lowers(ops.Quantize)
+def _quantize(op: Any, scope: Scope, x: Operand, scale: Operand, zero: Operand | None) -> Any:
+    shape = op.result.type.shape
+
+    def element(*at: Expr) -> Expr:
+        value = te.nearbyint(x.broadcast(at, shape) / scale.broadcast(at, shape))
+        if zero is not None:
+            value = value + cast(zero.broadcast(at, shape), "float32")
+        low, high = const(float(op.low), "float32"), const(float(op.high), "float32")
+        # In this order of the operands a NaN gives the bound.
+        value = select(value > low, value, low)
+        value = select(value < high, value, high)
+        return cast(tirx.Cast(SUM, value), tvm_dtype(op.dtype))
+
+    return compute(scope.shape(shape), element, op.name)
+
+
+@lowers(ops.Dequantize)
+def _dequantize(op: Any, scope: Scope, x: Operand, scale: Operand, zero: Operand | None) -> Any:
+    shape = op.result.type.shape
+
+    def element(*at: Expr) -> Expr:
+        value = cast(x.broadcast(at, shape), SUM)
+        if zero is not None:
+            value = value - cast(zero.broadcast(at, shape), SUM)
+        return tirx.Cast("float32", value) * scale.broadcast(at, shape)
+
+    return compute(scope.shape(shape), element, op.name)
+
+
+@lowers(ops.Requantize)
+def _requantize(op: Any, scope: Scope, x: Operand, multiplier: Operand, shift: Operand) -> Any:
+    shape = op.result.type.shape
+
+    def element(*at: Expr) -> Expr:
+        places = cast(shift.broadcast(at, shape), "int64")
+        half = tirx.shift_left(i64(1), places - i64(1))
+        exact = cast(x.broadcast(at, shape), "int64") * cast(multiplier.broadcast(at, shape), "int64")
+        value = tirx.shift_right(exact + half, places) + i64(op.zero)
+        return cast(tirx.max(tirx.min(value, i64(op.high)), i64(op.low)), tvm_dtype(op.dtype))
+
+    return compute(scope.shape(shape), element, op.name)
+
+
+@lowers(ops.LinearInteger)
+def _linear(op: Any, scope: Scope, x: Operand, weight: Operand) -> Any:
+    k = te.reduce_axis((i64(0), x.shape[-1]), "k")
+
+    def term(*at: Expr) -> Expr:
+        *rows, column = at
+        return te.sum(cast(x(*rows, k.var), SUM) * cast(weight.packed(column, k.var), SUM), axis=k)
+
+    return compute(scope.shape(op.result.type.shape), term, "linear")
+
+
+@lowers(ops.MatmulInteger, absorbs_permute=True)
+def _matmul(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
+    return matrix_product(op, scope, x, y, SUM)
+
+
+@lowers(ops.ConvInteger)
+def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, zero: Operand | None) -> Any:
+    first = 1 if op.channels_last else 2
+    if zero is None:
+        read = padded(x, op.padding, op.padding, first, x.dtype if weight.layout.group > 1 else SUM)
+        return window_sums(op, scope, read, weight, SUM)
+    shape = op.x.type.shape
+    zero_at = [i64(0)] * zero.rank
+    centred = compute(
+        scope.shape(shape), lambda *at: cast(x(*at), SUM) - cast(zero(*zero_at), SUM), "centred", materialize=True
+    )
+    read = padded(Operand(op.x.type, scope.shape(shape), centred), op.padding, op.padding, first, SUM)
+    return window_sums(op, scope, read, weight, SUM)
+
+
+@lowers(ops.LinearGroupwise)
+def _groupwise(
+    op: Any, scope: Scope, x: Operand, weight: Operand, scale: Operand, zero: Operand | None, bias: Operand | None
+) -> Any:
+    work = "float32"
+    k = te.reduce_axis((i64(0), x.shape[-1]), "k")
+
+    def widened(row: Expr, column: Expr) -> Expr:
+        group = tirx.floordiv(column, i64(op.group))
+        value = cast(weight(row, column), work)
+        return (value if zero is None else value - cast(zero(row, group), work)) * scale(row, group)
+
+    def term(*at: Expr) -> Expr:
+        *rows, column = at
+        return te.sum(x(*rows, k.var) * widened(column, k.var), axis=k)
+
+    shape = scope.shape(op.result.type.shape)
+    product = compute(shape, term, "linear")
+    if bias is None:
+        return product
+    return compute(shape, lambda *at: product(*at) + bias.broadcast(at), "linear_bias")
