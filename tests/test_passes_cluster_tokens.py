@@ -19,8 +19,8 @@ from trimtab.errors import PassError, UsageError
 from trimtab.ir import Module, interpret, verify
 from trimtab.passes.base import Context
 from trimtab.passes.cluster_tokens import ClusterTokens
+from trimtab.passes.drop import Drop
 from trimtab.passes.samples import count_macs, smallest_sizes
-from trimtab.passes.tokens.sensitivity import Drop
 
 WIDTH, HEADS, PATCH, LAYERS = 16, 2, 2, 3
 

@@ -13,12 +13,12 @@ from trimtab.ir import ops
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.op import Op
 from trimtab.passes.base import Changed, Context
+from trimtab.passes.drop import Drop
 from trimtab.passes.samples import count_macs, smallest_sizes
 from trimtab.passes.tokens.axis import Axis, follow
 from trimtab.passes.tokens.clustering import ClusterStep, Norm, Side
 from trimtab.passes.tokens.reduction import TokenReduction, with_attention
 from trimtab.passes.tokens.schedules import Removals
-from trimtab.passes.tokens.sensitivity import Drop
 from trimtab.passes.tokens.shortening import Place, Plan, Watch
 from trimtab.passes.tokens.stream import Blocker, Layer, Stream, find_stream
 
@@ -214,7 +214,7 @@ class ClusterTokens(TokenReduction):
             return choice._reduced(raised, choice.removals(stream, layers), layers)
 
         if self.max_drop:
-            drop = Drop(raised, ctx, self.name)
+            drop = Drop(raised, ctx, self.name, "or budget= instead of max_drop=")
             number = _first(len(choices), lambda index: drop(reduced(choices[index])) <= self.max_drop)
             return choices[number] if number < len(choices) else None
         full = count_macs(raised, smallest_sizes(raised.main))

@@ -11,10 +11,11 @@ from trimtab.errors import PassError, UsageError
 from trimtab.ir.core import Module
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Lossy
+from trimtab.passes.drop import Drop
 from trimtab.passes.samples import count_macs, smallest_sizes
 from trimtab.passes.tokens.budget import MacEstimate
 from trimtab.passes.tokens.schedules import Removals, within_budget
-from trimtab.passes.tokens.sensitivity import Drop, sensitivities, within_drop, worth
+from trimtab.passes.tokens.sensitivity import sensitivities, within_drop, worth
 from trimtab.passes.tokens.shortening import Place, Plan, Watch, shorten
 from trimtab.passes.tokens.steps import Step
 from trimtab.passes.tokens.stream import Blocker, Layer, Stream, find_stream
@@ -177,7 +178,7 @@ class TokenReduction(Pass):
         return MacEstimate(module, stream, self.plan(stream, (1,) * len(layers), layers), layers)
 
     def _bounded(self, module: Module, stream: Stream, layers: Sequence[int], ctx: Context) -> Removals:
-        drop = Drop(module, ctx, self.name)
+        drop = Drop(module, ctx, self.name, "or budget= instead of max_drop=")
 
         def reduced(removals: Removals) -> Module:
             return self._reduced(module, removals, layers)

@@ -3,65 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from trimtab.errors import UsageError
 from trimtab.ir.core import Module
-from trimtab.ir.interpreter import interpret
-from trimtab.passes.base import Context
+from trimtab.passes.drop import Drop
 from trimtab.passes.tokens.matching import most_merged
 from trimtab.passes.tokens.schedules import Removals, clamped
-
-if TYPE_CHECKING:
-    import torch
 
 _PROBED = 8
 """Tokens, as a divisor of their number, that a layer removes alone when its sensitivity is measured."""
 _LEAST = 0.1
 """What a layer's sensitivity counts at least, of the largest: a layer that minds nothing is not to give all tokens."""
-
-
-class Drop:
-    """How much worse a reduced module is than the original: by the user's metric, or by how far its outputs move.
-
-    Args:
-        module: the original.
-        ctx: with a metric, whose fall is the drop, or calibration batches; the drop is then the mean, over batches and
-            floating outputs, of the distance to the original's output relative to its length.
-        name: of the pass, for messages.
-
-    Raises:
-        UsageError: there is neither.
-    """
-
-    def __init__(self, module: Module, ctx: Context, name: str) -> None:
-        if ctx.metric is None and not ctx.calibration:
-            raise UsageError(
-                f"{name} cannot keep to max_drop",
-                values={"metric": None, "calibration batches": 0},
-                rule="how much a model loses is measured by a metric, or on calibration data",
-                fix="give optimize() a metric or calibration batches, or budget= instead of max_drop=",
-            )
-        self._ctx = ctx
-        self._score = ctx.metric(module) if ctx.metric is not None else 0.0
-        self._outputs = [] if ctx.metric is not None else [interpret(module, batch) for batch in ctx.calibration]
-
-    def __call__(self, reduced: Module) -> float:
-        """The drop; not negative."""
-        if self._ctx.metric is not None:
-            return max(0.0, self._score - self._ctx.metric(reduced))
-        moved = [
-            _distance(before, after)
-            for batch, outputs in zip(self._ctx.calibration, self._outputs, strict=True)
-            for before, after in zip(outputs, interpret(reduced, batch), strict=True)
-            if before.dtype.is_floating_point
-        ]
-        return sum(moved) / len(moved) if moved else 0.0
-
-
-def _distance(before: torch.Tensor, after: torch.Tensor) -> float:
-    length = float(before.double().norm())
-    return float((after.double() - before.double()).norm()) / length if length else 0.0
 
 
 def sensitivities(
