@@ -1,0 +1,1 @@
+"""What passes that quantize share: ranges from calibration data, scales, and layers that compute with integers."""
