@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -62,6 +62,7 @@ class Context:
     seed: int = 0
     rewrites: Rewrites = field(default_factory=_fresh_rewrites, repr=False)
     _notes: list[str] = field(default_factory=list, repr=False)
+    _records: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def note(self, text: str) -> None:
         """Put a remark in the running pass's row of the report."""
@@ -71,6 +72,15 @@ class Context:
         """The remarks since the last call; the manager's side of :meth:`note`."""
         notes, self._notes = self._notes, []
         return notes
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Put what the running pass did to one layer in its row of the report, as plain data with the key ``layer``."""
+        self._records.append(dict(facts))
+
+    def take_records(self) -> list[dict[str, Any]]:
+        """The records since the last call; the manager's side of :meth:`record`."""
+        records, self._records = self._records, []
+        return records
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator of its own for ``purpose``, so that one pass does not change the numbers of another."""

@@ -118,8 +118,10 @@ class _Run:
             for observer in self._observers:
                 observer.before_pass(step)
             self._ctx.take_notes()
+            self._ctx.take_records()
             claimed = pass_.run(after, self._ctx)
             row.notes += self._ctx.take_notes()
+            row.layers = self._ctx.take_records()
             row.rules = [log.to_dict() for log in self._ctx.rewrites.log.values()]
             row.ops_after, row.weight_bytes_after = _size(after)
             row.changed = _really_changed(claimed, step)

@@ -26,6 +26,7 @@ _OWN: Mapping[str, str] = {
     "cast-precision": "trimtab.passes.cast_precision:CastPrecision",
     "channels-last": "trimtab.passes.channels_last:ChannelsLast",
     "cluster-tokens": "trimtab.passes.cluster_tokens:ClusterTokens",
+    "compensate": "trimtab.passes.compensate:Compensate",
     "cse": "trimtab.passes.cse:Cse",
     "dce": "trimtab.passes.dce:Dce",
     "dedup-weights": "trimtab.passes.dedup_weights:DedupWeights",
@@ -44,6 +45,8 @@ _OWN: Mapping[str, str] = {
     "prune-tokens": "trimtab.passes.prune_tokens:PruneTokens",
     "prune-scan-tokens": "trimtab.passes.prune_scan_tokens:PruneScanTokens",
     "push-slices": "trimtab.passes.push_slices:PushSlices",
+    "quantize": "trimtab.passes.quantize:Quantize",
+    "quantize-weights": "trimtab.passes.quantize_weights:QuantizeWeights",
     "raise-activations": "trimtab.passes.raise_activations:RaiseActivations",
     "raise-attention": "trimtab.passes.raise_attention:RaiseAttention",
     "raise-gelu": "trimtab.passes.raise_gelu:RaiseGelu",
@@ -56,6 +59,7 @@ _OWN: Mapping[str, str] = {
     "raise-silu": "trimtab.passes.raise_silu:RaiseSilu",
     "reassociate-matmuls": "trimtab.passes.reassociate_matmuls:ReassociateMatmuls",
     "remove-repeat-kv": "trimtab.passes.remove_repeat_kv:RemoveRepeatKv",
+    "reparameterize-scales": "trimtab.passes.reparameterize_scales:ReparameterizeScales",
     "reuse-tokens": "trimtab.passes.reuse_tokens:ReuseTokens",
     "sample-tokens": "trimtab.passes.sample_tokens:SampleTokens",
     "simplify-expands": "trimtab.passes.simplify_expands:SimplifyExpands",
@@ -66,6 +70,8 @@ _OWN: Mapping[str, str] = {
     "simplify-reshapes": "trimtab.passes.simplify_reshapes:SimplifyReshapes",
     "sink-permutes": "trimtab.passes.sink_permutes:SinkPermutes",
     "slim-tokens": "trimtab.passes.slim_tokens:SlimTokens",
+    "smooth": "trimtab.passes.smooth:Smooth",
+    "softmax1": "trimtab.passes.softmax1:Softmax1",
     "unmerge-batch-axes": "trimtab.passes.unmerge_batch_axes:UnmergeBatchAxes",
 }
 

@@ -27,6 +27,7 @@ class PassRow:
         drift: how far the results moved; None when it was not measured.
         metric_before, metric_after: the user's metric around a pass that is not exact.
         notes: remarks of the pass and of the manager.
+        layers: what the pass did to each layer, for passes that say so: facts by name.
         rules: what each rewrite rule tried, matched and rejected; see :class:`trimtab.ir.rewrite.RuleLog`.
     """
 
@@ -48,6 +49,7 @@ class PassRow:
     metric_before: float | None = None
     metric_after: float | None = None
     notes: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     rules: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

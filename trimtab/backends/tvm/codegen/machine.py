@@ -44,14 +44,15 @@ class Machine:
         return _BYTES.get(dtype, 4)
 
     def instruction_set(self, kind: str, depth: int | None, group: int = 1) -> InstructionSet | None:
-        """The fastest instruction set that multiplies ``kind`` of data.
+        """The fastest instruction set that multiplies ``kind`` of data, with vectors as wide as the machine's: panels
+        are made for these.
 
         Args:
             depth: length of the sums; None when it is not known, which suits only products that take any.
             group: how many consecutive k are interleaved in the second factor.
         """
         for isa in self.instruction_sets:
-            found = isa.products.get(kind)
+            found = isa.products.get(kind) if isa.vector_bytes >= self.vector_bytes else None
             if found and found.group == group and (found.depth_step == 1 or (depth and depth % found.depth_step == 0)):
                 return isa
         return None

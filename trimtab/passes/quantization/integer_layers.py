@@ -1,0 +1,120 @@
+"""A linear layer as a product of integers: rounding of its input, the product, and what makes real numbers of the sums.
+
+For x with scale s and zero point z, and weights W with a scale w_n for each output n, the sums ``a = q_x q_W^T`` are
+exact, and ``y = (a - z sum_k q_W + b / (s w_n)) * (s w_n)``. The zero point and the bias, rounded to units of the sums,
+are one integer for each output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimtab.ir import ops
+from trimtab.ir.builder import Builder
+from trimtab.ir.core import Module, Value
+from trimtab.ir.dtypes import DType
+from trimtab.passes.quantization.scales import LEAST_SCALE, Affine, Integers, quantized_rows, row_scales
+from trimtab.passes.quantization.sites import Site
+
+if TYPE_CHECKING:
+    import torch
+
+_LARGEST_BIAS = 2.0**30
+"""Of the 31 bits of a sum a bias takes at most one."""
+
+
+class IntegerLayers:
+    """Replaces the layers of one module. A weight that several layers read, and an input that several read, is rounded
+    once.
+
+    Args:
+        module: rewritten in place.
+        made_by: name of the pass.
+        search: look for the best clipping range of each row of the weights.
+    """
+
+    def __init__(self, module: Module, made_by: str, search: bool) -> None:
+        self._module = module
+        self._made_by = made_by
+        self._search = search
+        self._weights: dict[tuple[str, int], tuple[Value, torch.Tensor, torch.Tensor]] = {}
+        self._inputs: dict[tuple[Value, Affine | Integers], tuple[Value, Value | None]] = {}
+
+    def replace(self, site: Site, bits: int, x: Affine | Integers) -> None:
+        """Compute a layer with integers.
+
+        Args:
+            bits: of the weights.
+            x: how the layer's input becomes integers: by a scale that is known, or, given symmetric integers, by the
+                largest element of each row as it comes.
+        """
+        import torch
+
+        op = site.op
+        build = Builder(self._module, site.graph, before=op, made_by=self._made_by)
+        weight, scales, sums = self._weight(build, site.weight, bits)
+        rounded, row_scale = self._input(build, site.x, x)
+        total = build(ops.LinearInteger(rounded, weight))
+        name, bias = site.weight, op.bias
+        if isinstance(x, Affine):
+            scale = (scales.double() * x.scale).float()
+            offset = sums * x.zero
+            units = self._in_units(bias, scale)
+            if units is not None:
+                offset, bias = offset - units, None
+            zero = build.weight(f"{name}.zero", offset.to(torch.int32)) if bool(offset.any()) else None
+            y = build(ops.Dequantize(total, build.weight(f"{name}.scale", scale), zero))
+        else:
+            y = build(ops.Dequantize(total, build.weight(f"{name}.scale", scales)))
+            y = build(ops.Mul(y, row_scale))
+        if bias is not None:
+            y = build(ops.Add(y, bias))
+        y.name = op.result.name
+        op.result.replace_all_uses_with(y)
+        site.graph.ops.remove(op)
+
+    def _in_units(self, bias: Value | None, scale: torch.Tensor) -> torch.Tensor | None:
+        """A constant bias [N] in units of the sums' scales, or None where there is none or it is too large for that."""
+        import torch
+
+        if bias is None or not bias.is_weight:
+            return None
+        units = (self._module.weights[bias.weight].tensor().double() / scale.double()).round()
+        return units.to(torch.int64) if bool((units.abs() < _LARGEST_BIAS).all()) else None
+
+    def _weight(self, build: Builder, id: str, bits: int) -> tuple[Value, torch.Tensor, torch.Tensor]:
+        """The weight in integers, its scales [N], and the sums of its rows [N]."""
+        if (id, bits) not in self._weights:
+            integers = Integers.symmetric(bits)
+            data = self._module.weights[id].tensor()
+            scales = row_scales(data, integers, self._search)
+            rounded = quantized_rows(data, scales, integers)
+            value = build.weight(f"{id}.{integers.dtype}", rounded)
+            self._weights[id, bits] = value, scales, rounded.long().sum(1)
+        return self._weights[id, bits]
+
+    def _input(self, build: Builder, x: Value, how: Affine | Integers) -> tuple[Value, Value | None]:
+        """x in integers, and the scales of its rows if they are computed."""
+        if (x, how) not in self._inputs:
+            self._inputs[x, how] = (
+                self._static(build, x, how) if isinstance(how, Affine) else self._by_row(build, x, how)
+            )
+        return self._inputs[x, how]
+
+    @staticmethod
+    def _static(build: Builder, x: Value, how: Affine) -> tuple[Value, None]:
+        import torch
+
+        integers = how.integers
+        scale = build.weight("input.scale", torch.tensor(how.scale, dtype=torch.float32))
+        zero = None
+        if how.zero:
+            zero = build.weight("input.zero", torch.tensor(how.zero, dtype=integers.dtype.to_torch()))
+        return build(ops.Quantize(x, scale, zero, dtype=integers.dtype, low=integers.low, high=integers.high)), None
+
+    @staticmethod
+    def _by_row(build: Builder, x: Value, integers: Integers) -> tuple[Value, Value]:
+        largest = build(ops.Amax(build(ops.Abs(x)), dims=(x.type.rank - 1,), keepdim=True))
+        scale = build(ops.Mul(largest, build.scalar(1 / integers.high, DType.F32)))
+        scale = build(ops.Clamp(scale, min=LEAST_SCALE))
+        return build(ops.Quantize(x, scale, dtype=integers.dtype, low=integers.low, high=integers.high)), scale

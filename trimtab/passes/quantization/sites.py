@@ -1,0 +1,105 @@
+"""Which products can be computed with integers: linear layers with constant weights, found by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trimtab.ir import ops
+from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.dtypes import DType
+from trimtab.ir.op import Op
+from trimtab.ir.printer import print_op
+from trimtab.ir.rewrite import NearMiss
+from trimtab.ir.rewrite.log import RuleLog
+
+MOST_DEPTH = 65_793
+"""Sums of this many products of a u8 and an i8 fit in 32 bits."""
+_MOVES = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Concat, ops.Cast)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A linear layer whose product can be one of integers.
+
+    Attributes:
+        op: the layer, f32.
+        graph: the graph that it is in.
+        is_edge: it reads an input of the module, or the module's output is made of its result, by moves alone.
+    """
+
+    op: ops.Linear
+    graph: Graph
+    is_edge: bool
+
+    @property
+    def x(self) -> Value:
+        return self.op.x
+
+    @property
+    def weight(self) -> str:
+        """Id of the weight, [N, K]."""
+        return self.op.weight.weight
+
+    @property
+    def label(self) -> str:
+        """What the layer is called in reports: its weight, and where it is in the user's code."""
+        return f"{self.weight} ({self.op.location})" if self.op.location else self.weight
+
+
+def find_sites(module: Module, log: RuleLog) -> list[Site]:
+    """The sites of ``module`` in order; other linear layers go to ``log`` with the reason."""
+    main = module.main
+    sites = []
+    for graph in module.all_graphs():
+        for op in graph.ops:
+            if not isinstance(op, ops.Linear):
+                continue
+            log.tried += 1
+            if reason := _refusal(op, graph is main):
+                log.reject(NearMiss(1, 1, print_op(op), str(op.location or ""), reason))
+            else:
+                sites.append(Site(op, graph, _reads_input(op.x) or _makes_output(op.result)))
+    return sites
+
+
+def _refusal(op: ops.Linear, in_main: bool) -> str:
+    """Why a layer stays in float; "" when it need not."""
+    if not in_main:
+        return "it is inside a group or a repeated body: quantize comes before both"
+    if not op.weight.is_weight:
+        return "its weight is computed"
+    if op.x.type.dtype is not DType.F32 or op.weight.type.dtype is not DType.F32:
+        return f"it multiplies {op.x.type.dtype} by {op.weight.type.dtype}, not f32 by f32"
+    depth = op.weight.type.shape[-1]
+    if not isinstance(depth, int) or depth > MOST_DEPTH:
+        return f"sums of {depth} products of bytes may not fit in 32 bits"
+    return ""
+
+
+def _sources(value: Value) -> Iterator[Value]:
+    """What ``value`` is made of by moves."""
+    maker = value.producer
+    if not isinstance(maker, _MOVES):
+        yield value
+        return
+    for operand in maker.operands:
+        yield from _sources(operand)
+
+
+def _reads_input(value: Value) -> bool:
+    return any(source.producer is None and not source.is_weight for source in _sources(value))
+
+
+def _makes_output(value: Value) -> bool:
+    """Whether a user is the caller, perhaps behind moves and the addition of a bias."""
+    return any(
+        isinstance(use.user, Graph)
+        or (isinstance(use.user, _MOVES) and any(map(_makes_output, use.user.results)))
+        for use in value.uses
+    )  # fmt: skip
+
+
+def reads_of(value: Value) -> list[Op | Graph]:
+    """Who reads a value, each once."""
+    return list(dict.fromkeys(use.user for use in value.uses))
