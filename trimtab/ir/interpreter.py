@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Observer = Callable[[Op, Sequence[Any]], None]
+GraphObserver = Callable[[Graph, Sequence[Any]], None]
 _WIDEN = (DType.F32, DType.F16, DType.BF16)
 
 
@@ -35,6 +36,7 @@ class _Run:
     observer: Observer | None
     grad: bool
     row_major: bool
+    entered: GraphObserver | None
     weights: dict[str, Any] = field(default_factory=dict)
 
     def dtype(self, dtype: DType) -> torch.dtype:
@@ -63,6 +65,7 @@ def interpret(
     weights: Mapping[str, Any] | None = None,
     grad: bool = False,
     row_major: bool = False,
+    entered: GraphObserver | None = None,
 ) -> tuple[Any, ...]:
     """Evaluate ``module.main``.
 
@@ -75,6 +78,8 @@ def interpret(
         grad: keep torch's autograd graph; by default gradients are off.
         row_major: hand each op its operands in row-major order and aligned in memory, so that results depend on values
             alone: torch picks other kernels, which round differently, for other strides and alignments.
+        entered: called before a graph is run, with the graph and a tensor for each of its inputs: once for ``main``,
+            and for the body of an op at each of its runs.
 
     Returns:
         One torch tensor per output. Outputs may share memory with inputs or weights.
@@ -86,7 +91,7 @@ def interpret(
 
     tensors = input_tensors(module.main, inputs)
     bindings = bind_symbols(module.main, tensors)
-    run = _Run(module, bindings, precision, observer, grad, row_major, dict(weights or {}))
+    run = _Run(module, bindings, precision, observer, grad, row_major, entered, dict(weights or {}))
     if precision is not None:
         tensors = [t.to(run.dtype(v.type.dtype)) for t, v in zip(tensors, module.main.inputs, strict=True)]
     with torch.set_grad_enabled(grad):
@@ -175,6 +180,8 @@ def _check_range(symbol: Symbol, bindings: Mapping[str, int]) -> None:
 
 
 def _run_graph(graph: Graph, inputs: Sequence[Any], run: _Run) -> list[Any]:
+    if run.entered is not None:
+        run.entered(graph, inputs)
     live: dict[Value, Any] = dict(zip(graph.inputs, inputs, strict=True))
     pending = {value: len(value.uses) for op in graph.ops for value in op.results}
 
