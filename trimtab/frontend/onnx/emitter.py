@@ -8,6 +8,7 @@ A known value becomes a weight, a ``full`` or a ``dim_value`` only when an op th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ from trimtab.ir.dims import Dim, bounds
 from trimtab.ir.dtypes import DType
 from trimtab.ir.interpreter import evaluate_op
 from trimtab.ir.op import Op
-from trimtab.ir.ops import Concat, DimValue, Full, Reshape
+from trimtab.ir.ops import Concat, Dequantize, DimValue, Full, Reshape
 from trimtab.ir.types import TensorType
-from trimtab.ir.weights import TorchSource, Weight
+from trimtab.ir.weights import ComputedSource, TorchSource, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,8 @@ class Emitter:
             return (self.dims((op.dim,), op.dtype, scalar=True),)
         if any(self._is_parameter(value) for value in op.operands):
             return None
+        if isinstance(op, Dequantize) and op.x.type.rank > 1:
+            return None  # a weight stays as few bits as the file has it in
         contents = [self.content(value) for value in op.operands]
         if any(content is None for content in contents) or not all(r.type.is_static for r in op.results):
             return None
@@ -159,6 +162,32 @@ class Emitter:
                 return None
             return found.tensor()
         return found
+
+    def derived(
+        self, value: Value, part: str, type: TensorType, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Value | None:
+        """What ``compute`` makes of a constant of any size, when its data is asked for.
+
+        Args:
+            value: the constant.
+            part: joined to its name to make that of the result.
+            type: of the result.
+            compute: a function of the constant's data.
+
+        Returns:
+            A known value; None when ``value`` depends on data or holds dimensions.
+        """
+        import torch
+
+        found = self._known.get(value)
+        if isinstance(found, StoredTensor):
+            name, read = found.name, found.tensor
+        elif isinstance(found, torch.Tensor):
+            name, read = value.name, lambda: found
+        else:
+            return None
+        source = ComputedSource(lambda: compute(read()))
+        return self.stored(StoredTensor(f"{name or 'constant'}.{part}", type, source))
 
     def is_constant(self, value: Value) -> bool:
         """Whether ``value`` is known or a tensor of the file of any size."""

@@ -4,6 +4,7 @@ from trimtab.frontend.torch_export import (  # noqa: F401  loading these fills t
     arithmetic,
     indexing,
     layers,
+    quantization,
     reductions,
     shapes,
 )

@@ -2,7 +2,7 @@
 
 FAMILIES = (
     "activation", "arithmetic", "attention", "contraction", "contrib", "convolution", "creation", "elementwise",
-    "gathering", "normalization", "pooling", "quantization", "reduction", "reshaping", "resizing", "scattering",
-    "slicing",
+    "gathering", "integer_products", "normalization", "pooling", "quantization", "reduction", "reshaping", "resizing",
+    "scattering", "slicing",
 )  # fmt: skip
 """The modules of this package whose import registers handlers."""

@@ -58,24 +58,6 @@ def _scaled(node: Node, value: Value, factor: float) -> Value:
     node.refuse("a fractional factor on integers", factor=factor)
 
 
-@onnx_op("MatMulInteger", since=10)
-def matmul_integer(node: Node) -> Value:
-    x = shifted(node, node.input(0), node.optional(2), rows=True)
-    y = shifted(node, node.input(1), node.optional(3), rows=False)
-    return node.emit(ops.Matmul(x, y))
-
-
-def shifted(node: Node, value: Value, zero_point: Value | None, *, rows: bool) -> Value:
-    """``value - zero_point`` in i32; a zero point of one axis belongs to the rows (or columns) of a matrix."""
-    wide = node.cast(value, DType.I32)
-    if zero_point is None:
-        return wide
-    zero = node.cast(zero_point, DType.I32)
-    if rows and zero.type.rank == 1 and zero.type.shape != (1,):
-        zero = node.reshape(zero, (*zero.type.shape, 1))
-    return node.emit(ops.Sub(wide, zero))
-
-
 @onnx_op("Einsum", since=12)
 def einsum(node: Node) -> Value:
     equation = node.string_attr("equation").replace(" ", "")

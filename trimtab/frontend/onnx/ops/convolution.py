@@ -1,16 +1,14 @@
-"""Convolutions, plain, transposed and on integers."""
+"""Convolutions, plain and transposed."""
 
 from __future__ import annotations
 
 import json
 
 from trimtab.frontend.onnx.node import Node
-from trimtab.frontend.onnx.ops.contraction import shifted
 from trimtab.frontend.onnx.ops.windows import Window, pad_spatial, read_window
 from trimtab.frontend.onnx.registry import onnx_op
 from trimtab.ir import ops
 from trimtab.ir.core import Value
-from trimtab.ir.dtypes import DType
 
 _CONVOLUTIONS = {1: ops.Conv1d, 2: ops.Conv2d, 3: ops.Conv3d}
 
@@ -22,7 +20,7 @@ def conv(node: Node) -> Value:
 
 def convolve(node: Node, x: Value, weight: Value, bias: Value | None) -> Value:
     """The convolution a node describes, of given operands; uneven padding becomes a pad of its own."""
-    window = read_window(node, x, _kernel(node, x, weight))
+    window = read_window(node, x, kernel_sizes(node, x, weight))
     make = _CONVOLUTIONS.get(len(window.kernel))
     if make is None:
         node.refuse("more than three spatial axes", axes=len(window.kernel))
@@ -35,7 +33,8 @@ def convolve(node: Node, x: Value, weight: Value, bias: Value | None) -> Value:
     )  # fmt: skip
 
 
-def _kernel(node: Node, x: Value, weight: Value) -> tuple[int, ...]:
+def kernel_sizes(node: Node, x: Value, weight: Value) -> tuple[int, ...]:
+    """The kernel that a weight ``[O, C, spatial...]`` has, checked against what the node says."""
     if x.type.rank != weight.type.rank or x.type.rank < 3:
         node.inconsistent("input and weight have one rank, 3 or more")
     kernel = tuple(size for size in weight.type.shape[2:] if isinstance(size, int))
@@ -49,7 +48,7 @@ def _kernel(node: Node, x: Value, weight: Value) -> tuple[int, ...]:
 def conv_transpose(node: Node) -> Value:
     """Computed without padding, then cut (or extended by zeros) at the borders to what padding would leave."""
     x, weight, bias = node.input(0), node.input(1), node.optional(2)
-    window = read_window(node, x, _kernel(node, x, weight))
+    window = read_window(node, x, kernel_sizes(node, x, weight))
     spatial = len(window.kernel)
     node.ignore("output_shape", "output_padding")
     extra = node.ints_attr("output_padding", (0,) * spatial)
@@ -112,20 +111,6 @@ def _transposed(
     call = [{"operand": 0}, {"operand": 1}, None if bias is None else {"operand": 2}, list(window.stride),
             list(padding), list(extra), groups, list(window.dilation)]  # fmt: skip
     return node.emit(ops.Opaque(tensors, target="aten.conv_transpose3d.input", call=json.dumps(call)))
-
-
-@onnx_op("ConvInteger", since=10)
-def conv_integer(node: Node) -> Value:
-    """Exact in double precision: sums of 8-bit products stay far below 2^53."""
-    x = shifted(node, node.input(0), node.optional(2), rows=False)
-    weight = node.cast(node.input(1), DType.I32)
-    if (zero := node.optional(3)) is not None:
-        zero = node.cast(zero, DType.I32)
-        if zero.type.rank == 1:
-            zero = node.reshape(zero, (*zero.type.shape, *[1] * (weight.type.rank - 1)))
-        weight = node.emit(ops.Sub(weight, zero))
-    wide = convolve(node, node.cast(x, DType.F64), node.cast(weight, DType.F64), None)
-    return node.cast(wide, DType.I32)
 
 
 @onnx_op("Col2Im", since=18)

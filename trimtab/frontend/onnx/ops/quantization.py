@@ -1,16 +1,16 @@
-"""Quantize and dequantize as elementwise ops, and products of quantized matrices."""
+"""Numbers to integers and back."""
 
 from __future__ import annotations
 
 from trimtab.frontend.onnx.element_types import dtype_of, name_of
 from trimtab.frontend.onnx.node import Node
-from trimtab.frontend.onnx.ops.convolution import convolve
 from trimtab.frontend.onnx.registry import onnx_op
 from trimtab.ir import ops
 from trimtab.ir.core import Value
 from trimtab.ir.dtypes import DType
 
 _RANGES = {DType.I8: (-128, 127), DType.U8: (0, 255), DType.I16: (-32768, 32767), DType.U16: (0, 65535)}
+_BYTES = (DType.I8, DType.U8)
 
 
 @onnx_op("QuantizeLinear", since=10)
@@ -30,11 +30,14 @@ def quantize_linear(node: Node) -> Value:
 
 
 def quantize(node: Node, x: Value, scale: Value, zero: Value | None, dtype: DType) -> Value:
-    """f32 x to integers; scale and zero point broadcast to x."""
+    """f32 x to integers of ``dtype``, over its whole range; scale, f32, and zero point broadcast to x."""
+    low, high = _RANGES[dtype]
+    if dtype in _BYTES:
+        zero = None if zero is None or is_zero(node, zero) else zero
+        return node.emit(ops.Quantize(x, scale, zero, dtype=dtype, low=low, high=high))
     y = node.emit(ops.Round(node.emit(ops.Div(x, scale))))
     if zero is not None:
         y = node.emit(ops.Add(y, node.cast(zero, DType.F32)))
-    low, high = _RANGES[dtype]
     y = node.emit(ops.Clamp(y, min=float(low), max=float(high)))
     return node.cast(node.cast(y, DType.I32), dtype)
 
@@ -46,13 +49,39 @@ def dequantize_linear(node: Node) -> Value:
     if x.type.dtype not in (*_RANGES, DType.I32):
         node.refuse("the quantized type", "use int8, uint8, int16, uint16 or int32", type=x.type.dtype)
     node.ignore("axis")
-    wide = node.cast(x, DType.I32)
-    if zero is not None:
-        wide = node.emit(ops.Sub(wide, _spread(node, node.cast(zero, DType.I32), x)))
-    y = node.emit(ops.Mul(node.cast(wide, DType.F32), _spread(node, node.cast(scale, DType.F32), x)))
+    zero = None if zero is None or is_zero(node, zero) else _spread(node, zero, x)
+    y = node.emit(ops.Dequantize(x, _spread(node, node.cast(scale, DType.F32), x), zero))
     code = node.int_attr("output_dtype", 0)
     target = dtype_of(code) if code else scale.type.dtype
     return node.cast(y, target or scale.type.dtype)
+
+
+@onnx_op("DynamicQuantizeLinear", since=11)
+def dynamic_quantize_linear(node: Node) -> tuple[Value, Value, Value]:
+    """x, which with zero spans 0 to 255, as u8, with its scale and zero point.
+
+    Where all of x is zero, the definition divides by zero; the scale is 1 there, as in ONNX Runtime.
+    """
+    x = node.input(0)
+    axes = tuple(range(x.type.rank))
+    nothing = node.scalar(0.0, x)
+    low = node.emit(ops.Minimum(node.emit(ops.Amin(x, dims=axes)), nothing))
+    high = node.emit(ops.Maximum(node.emit(ops.Amax(x, dims=axes)), nothing))
+    span = node.emit(ops.Sub(high, low))
+    step = node.emit(ops.Div(span, node.scalar(255.0, x)))
+    scale = node.emit(ops.Where(node.emit(ops.Eq(span, nothing)), node.scalar(1.0, x), step))
+    offset = node.emit(ops.Sub(nothing, node.emit(ops.Div(low, scale))))
+    offset = node.emit(ops.Round(node.emit(ops.Clamp(offset, min=0.0, max=255.0))))
+    zero = node.cast(node.cast(offset, DType.I32), DType.U8)
+    return quantize(node, x, scale, zero, DType.U8), scale, zero
+
+
+def is_zero(node: Node, value: Value) -> bool:
+    """Whether ``value`` is known to be zero everywhere."""
+    import torch
+
+    found = node.emitter.content(value)
+    return isinstance(found, torch.Tensor) and not bool(found.to(torch.int32).any())
 
 
 def _spread(node: Node, value: Value, x: Value) -> Value:
@@ -72,48 +101,3 @@ def _spread(node: Node, value: Value, x: Value) -> Value:
     wide = node.reshape(tall, (*parts[:axis], parts[axis] * block, *parts[axis + 1 :]))
     size = x.type.shape[axis]
     return wide if wide.type.shape[axis] == size else node.emit(ops.Slice(wide, dim=axis, start=0, stop=size))
-
-
-@onnx_op("QLinearMatMul", since=10)
-def qlinear_matmul(node: Node) -> Value:
-    a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = (node.input(i) for i in range(8))
-
-    def centred(x: Value, zero: Value, rows: bool) -> Value:
-        zero = node.cast(zero, DType.I32)
-        if rows and zero.type.rank == 1 and zero.type.shape != (1,):
-            zero = node.reshape(zero, (*zero.type.shape, 1))
-        return node.emit(ops.Sub(node.cast(x, DType.I32), zero))
-
-    def factor(scale: Value, rows: bool) -> Value:
-        if scale.type.shape == (1,):
-            scale = node.reshape(scale, ())
-        if rows and scale.type.rank == 1:
-            scale = node.reshape(scale, (*scale.type.shape, 1))
-        return node.cast(scale, DType.F32)
-
-    total = node.cast(node.emit(ops.Matmul(centred(a, a_zero, True), centred(b, b_zero, False))), DType.F32)
-    real = node.emit(ops.Mul(total, node.emit(ops.Mul(factor(a_scale, True), factor(b_scale, False)))))
-    return quantize(node, real, factor(y_scale, True), y_zero, y_zero.type.dtype)
-
-
-@onnx_op("QLinearConv", since=10)
-def qlinear_conv(node: Node) -> Value:
-    """Exact sums in double precision, bias in units of both scales, then requantized."""
-    x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero = (node.input(i) for i in range(8))
-    bias = node.optional(8)
-
-    def per_channel(value: Value, axis: int) -> Value:
-        if value.type.rank == 0 or value.type.shape == (1,):
-            return node.reshape(value, ())
-        return node.reshape(value, (*value.type.shape, *[1] * (x.type.rank - 1 - axis)))
-
-    def centred(value: Value, zero: Value) -> Value:
-        return node.cast(node.emit(ops.Sub(node.cast(value, DType.I32), node.cast(zero, DType.I32))), DType.F64)
-
-    total = convolve(
-        node, centred(x, per_channel(x_zero, 0)), centred(w, per_channel(w_zero, 0)),
-        None if bias is None else node.cast(bias, DType.F64),
-    )  # fmt: skip
-    scale = node.emit(ops.Mul(per_channel(x_scale, 1), per_channel(w_scale, 1)))
-    real = node.emit(ops.Mul(node.cast(total, DType.F32), scale))
-    return quantize(node, real, per_channel(y_scale, 0), per_channel(y_zero, 0), y_zero.type.dtype)
