@@ -26,8 +26,8 @@ _DRIVER = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-typedef void (*Kernel)(void*, long, void*, void*, long, long, int, void*, void*);
-struct Record { char name[64]; long bytes[4]; long lda, ldc, depth, accumulate; } record;
+typedef void (*Kernel)(void*, long, void*, void*, long, long, int, void*, void*, long);
+struct Record { char name[64]; long bytes[4]; long lda, ldc, depth, accumulate, group; } record;
 int main(int count, char** arguments) {
   void* library = dlopen(arguments[1], RTLD_NOW);
   if (!library) { fputs(dlerror(), stderr); return 1; }
@@ -39,7 +39,8 @@ int main(int count, char** arguments) {
     }
     Kernel kernel = (Kernel)dlsym(library, record.name);
     if (!kernel) { fprintf(stderr, "no %s\n", record.name); return 3; }
-    kernel(data[0], record.lda, data[1], data[2], record.ldc, record.depth, (int)record.accumulate, data[1], data[3]);
+    kernel(data[0], record.lda, data[1], data[2], record.ldc, record.depth, (int)record.accumulate, data[1], data[3],
+           record.group);
     fwrite(data[2], 1, record.bytes[2], stdout);
     for (int i = 0; i < 4; ++i) free(data[i]);
   }
@@ -51,7 +52,7 @@ int main(int count, char** arguments) {
 def compile_kernels(kernels: Iterable[MicroKernel], target: dict[str, Any]) -> Any:
     """TVM's executable with a C function ``call_<kernel>`` per kernel, which sets up, computes and tears down.
 
-    All take ``(A, lda, B, C, ldc, depth, accumulate, next, scales)``.
+    All take ``(A, lda, B, C, ldc, depth, accumulate, next, scales, group)``.
     """
     import tvm
     from tvm import ir, tirx
@@ -59,9 +60,9 @@ def compile_kernels(kernels: Iterable[MicroKernel], target: dict[str, Any]) -> A
     functions = {}
     for kernel in kernels:
         types = {"a": "handle", "lda": "int64", "b": "handle", "c": "handle", "ldc": "int64", "depth": "int64",
-                 "accumulate": "int32", "next": "handle", "scales": "handle"}  # fmt: skip
+                 "accumulate": "int32", "next": "handle", "scales": "handle", "group": "int64"}  # fmt: skip
         variables = [tirx.Var(name, type) for name, type in types.items()]
-        used = variables if kernel.b_dtype == "i4" else variables[:-1]
+        used = variables if has_scales(kernel) else variables[:-2]
         calls = [tirx.call_extern("int32", symbol) for symbol in (kernel.setup, kernel.teardown) if symbol]
         calls.insert(1, tirx.call_extern("int32", kernel.name, *used))
         body = tirx.SeqStmt([tirx.Evaluate(call) for call in calls]) if len(calls) > 1 else tirx.Evaluate(calls[0])
@@ -70,6 +71,11 @@ def compile_kernels(kernels: Iterable[MicroKernel], target: dict[str, Any]) -> A
         attributes = {"global_symbol": name, "calling_conv": _AS_WRITTEN}
         functions[name] = tirx.PrimFunc(variables, body).with_attr(attributes)
     return tvm.compile(ir.IRModule(functions), target=tvm.target.Target(target))
+
+
+def has_scales(kernel: MicroKernel) -> bool:
+    """Whether the kernel multiplies f32 by integers that have a scale for each group."""
+    return kernel.a_dtype == "f32" and kernel.b_dtype in ("i4", "u4", "s8", "u8")
 
 
 def target_of(features: Sequence[str], architecture: str) -> dict[str, Any]:
@@ -81,7 +87,10 @@ def target_of(features: Sequence[str], architecture: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """Operands of one call, as the kernel wants them, and what it must leave in C."""
+    """Operands of one call, as the kernel wants them, and what it must leave in C.
+
+    ``scales`` has a row for each group of the depth, and none for kernels without them.
+    """
 
     kernel: MicroKernel
     depth: int
@@ -101,6 +110,10 @@ class Case:
     def ldc(self) -> int:
         return self.c.shape[1]
 
+    @property
+    def group(self) -> int:
+        return self.depth // max(1, len(self.scales))
+
     def check(self, result: np.ndarray) -> None:
         """Every element within its tolerance; what lies right of the tile is unchanged."""
         error = np.abs(result.astype(np.float64) - self.expected)
@@ -118,9 +131,11 @@ def random_case(kernel: MicroKernel, depth: int, accumulate: int, rng: np.random
     b, b_values = _operand(kernel.b_dtype, (depth, kernel.columns), rng)
     c, _ = _operand(kernel.c_dtype, (kernel.rows, ldc), rng)
     scales = np.zeros((0, kernel.columns), np.float32)
-    if kernel.b_dtype == "i4":
-        scales = rng.uniform(0.5, 2, (depth // 32, kernel.columns)).astype(np.float32)
-        b_values = b_values * np.repeat(scales, 32, axis=0)
+    if has_scales(kernel):
+        steps = depth // kernel.group
+        groups = int(rng.choice([n for n in range(1, steps + 1) if steps % n == 0]))
+        scales = rng.uniform(0.5, 2, (groups, kernel.columns)).astype(np.float32)
+        b_values = b_values * np.repeat(scales, depth // groups, axis=0)
     inside = (slice(None), slice(kernel.columns))
     expected, tolerance = c.astype(np.float64), np.zeros(c.shape)
     start = expected[inside] * accumulate
@@ -135,15 +150,15 @@ def pack(b: np.ndarray, kernel: MicroKernel) -> np.ndarray:
     """[depth, columns] as the panel of ``kernel``."""
     depth, columns = b.shape
     panel = b.reshape(depth // kernel.group, kernel.group, columns).transpose(0, 2, 1).copy()
-    if kernel.b_dtype == "i4":
-        return ((panel[:, :, 0] & 15) | (panel[:, :, 1] << 4)).astype(np.int8)
+    if kernel.b_dtype in ("i4", "u4"):
+        return ((panel[:, :, 0] & 15) | (panel[:, :, 1] << 4)).astype(np.uint8)
     return panel
 
 
 def _operand(dtype: str, shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Random elements as they are stored, and their values in float64."""
-    if dtype == "i4":
-        stored = rng.integers(-8, 8, shape).astype(np.int8)
+    if dtype in ("i4", "u4"):
+        stored = (rng.integers(0, 16, shape) - (8 if dtype == "i4" else 0)).astype(np.int8)
     elif dtype in ("u8", "s8"):
         limits = np.iinfo(_STORED[dtype])
         stored = rng.integers(limits.min, limits.max + 1, shape)
@@ -170,11 +185,11 @@ class HostKernels:
     def run(self, case: Case) -> np.ndarray:
         function = self.library[f"call_{case.kernel.name}"]
         pointer, long = ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = [pointer, long, pointer, pointer, long, long, ctypes.c_int32, pointer, pointer]
+        function.argtypes = [pointer, long, pointer, pointer, long, long, ctypes.c_int32, pointer, pointer, long]
         function.restype = None
         b, c = aligned(case.b), case.c.copy()
         function(case.a.ctypes.data, case.lda, b.ctypes.data, c.ctypes.data, case.ldc, case.depth, case.accumulate,
-                 b.ctypes.data, case.scales.ctypes.data)  # fmt: skip
+                 b.ctypes.data, case.scales.ctypes.data, case.group)  # fmt: skip
         return c
 
 
@@ -199,7 +214,8 @@ def run_emulated(cases: Sequence[Case], target: dict[str, Any], directory: Path)
         operands = [np.ascontiguousarray(x).tobytes() for x in (case.a, case.b, case.c, case.scales)]
         name = f"call_{case.kernel.name}".encode()
         sizes = [len(operand) for operand in operands]
-        records += [struct.pack("64s8q", name, *sizes, case.lda, case.ldc, case.depth, case.accumulate), *operands]
+        numbers = case.lda, case.ldc, case.depth, case.accumulate, case.group
+        records += [struct.pack("64s9q", name, *sizes, *numbers), *operands]
     stdout = emulated.run(driver, library, stdin=b"".join(records))
     results, offset = [], 0
     for case in cases:

@@ -20,7 +20,7 @@ from trimtab.ir.op import Op
 
 CONTRACTIONS = (
     ops.Linear, ops.Matmul, ops.Einsum, ops.Conv1d, ops.Conv2d, ops.Conv3d, ops.LinearInteger, ops.MatmulInteger,
-    ops.ConvInteger,
+    ops.ConvInteger, ops.LinearGroupwise,
 )  # fmt: skip
 _REDUCTIONS = (ops.Sum, ops.Mean, ops.Prod, ops.Amax, ops.Amin, ops.Any, ops.All)
 _ROW_OPS = (*_REDUCTIONS, ops.Softmax, ops.LogSoftmax, ops.LayerNorm, ops.RmsNorm)

@@ -100,7 +100,7 @@ def _stored(weight: Weight, layout: Layout) -> StoredWeight:
     shape = tuple(int(size) for size in weight.type.shape)  # type: ignore[arg-type]
     return StoredWeight(
         name=weight.id,
-        dtype=str(weight.type.dtype),
+        dtype=str(layout.stored_dtype(weight.type.dtype)),
         shape=layout.stored_shape(shape),
         blocks=functools.partial(packed_blocks, weight, layout),
         layout=None if layout.is_plain else layout.to_dict(),

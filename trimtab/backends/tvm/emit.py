@@ -34,7 +34,7 @@ ALIGNMENT = 64
 """Bytes to which generated code expects every tensor to be aligned."""
 _PRODUCTS = (
     ops.Linear, ops.Matmul, ops.Einsum, ops.Conv1d, ops.Conv2d, ops.Conv3d, ops.ConvTranspose1d, ops.ConvTranspose2d,
-    ops.LinearInteger, ops.MatmulInteger, ops.ConvInteger,
+    ops.LinearInteger, ops.MatmulInteger, ops.ConvInteger, ops.LinearGroupwise,
 )  # fmt: skip
 """Ops whose rules widen what they read."""
 
@@ -147,12 +147,12 @@ class _ModuleEmitter:
         if layout.is_plain:
             return _relax_type(value.type, scope)
         shape = layout.stored_shape(tuple(int(d) for d in value.type.shape))  # type: ignore[arg-type]
-        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(value.type.dtype))
+        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(layout.stored_dtype(value.type.dtype)))
 
     def _weight_type(self, id: str) -> Any:
-        weight = self.module.weights[id]
-        shape = self.layouts[id].stored_shape(tuple(int(d) for d in weight.type.shape))  # type: ignore[arg-type]
-        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(weight.type.dtype))
+        weight, layout = self.module.weights[id], self.layouts[id]
+        shape = layout.stored_shape(tuple(int(d) for d in weight.type.shape))  # type: ignore[arg-type]
+        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(layout.stored_dtype(weight.type.dtype)))
 
 
 class _GraphEmitter:

@@ -160,7 +160,7 @@ def _leaf_operands(kernel: Kernel, scope: Scope, declare: Callable[..., Any]) ->
     operands: list[Operand] = []
     tensors: list[Any] = []
     for leaf in kernel.leaves:
-        shape, dtype = scope.shape(leaf.type.shape), tvm_dtype(leaf.type.dtype)
+        shape, dtype = scope.shape(leaf.type.shape), tvm_dtype(leaf.layout.stored_dtype(leaf.type.dtype))
         if leaf.expr is None:
             value = constant_of(leaf.constant, scope) if leaf.constant is not None else const(0, dtype)
             operands.append(Operand(leaf.type, shape, constant=value))

@@ -32,13 +32,18 @@ class Layout:
     ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
-    quadruples read it.  ``kind="taps"``: the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix
+    quadruples read it.  ``kind="nibbles"``: 4-bit integers as panels of bytes ``[ceil(N / block), K / 2, block]``, an even
+    k in the low half of a byte and the next one in the high half.  ``kind="taps"``: the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix
     ``[O, kh * kw * C]``, the channels of a tap together.
+
+    Attributes:
+        signed: of nibbles, whether they are of the signed type.
     """
 
     kind: str = "plain"
     block: int = 0
     group: int = 1
+    signed: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -49,8 +54,16 @@ class Layout:
         if self.is_plain:
             return shape
         *stack, rows, depth = self._matrices(shape)
+        if self.kind == "nibbles":
+            depth //= NIBBLES
         inner = (self.block, self.group) if self.group > 1 else (self.block,)
         return (*stack, -(-rows // self.block), depth // self.group, *inner)
+
+    def stored_dtype(self, dtype: DType) -> DType:
+        """Element type in storage of a weight of ``dtype``: sub-byte types in panels take a byte, or half of one."""
+        if self.is_plain or not dtype.is_sub_byte:
+            return dtype
+        return DType.I8 if dtype is DType.I4 and self.kind != "nibbles" else DType.U8
 
     def _matrices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` with the axes of each filter as one."""
@@ -68,13 +81,19 @@ class Layout:
         if padded != rows:
             full[..., :rows, :] = data
         grouped = full.reshape(*stack, -1, self.block, depth // self.group, self.group).transpose(-2, -3)
-        return (grouped if self.group > 1 else grouped.squeeze(-1)).contiguous()
+        panels = (grouped if self.group > 1 else grouped.squeeze(-1)).contiguous()
+        if self.kind == "nibbles":
+            codes = (panels & 15).byte()
+            panels = codes[..., 0::NIBBLES, :] | (codes[..., 1::NIBBLES, :] << 4)
+        return panels
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The plain form of what :meth:`pack` made from a weight of ``shape``."""
         if self.is_plain:
             return stored
         *stack, rows, depth = self._matrices(shape)
+        if self.kind == "nibbles":
+            stored = _halves(stored, self.signed)
         grouped = stored if self.group > 1 else stored.unsqueeze(-1)
         matrix = grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :]
         if self.kind == "taps":
@@ -86,14 +105,25 @@ class Layout:
         if self.is_plain:
             return {"kind": "plain"}
         group = {"group": self.group} if self.group > 1 else {}
-        return {"kind": self.kind, "block": self.block, **group}
+        signed = {} if self.signed else {"signed": False}
+        return {"kind": self.kind, "block": self.block, **group, **signed}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Layout:
-        return Layout(data["kind"], data.get("block", 0), data.get("group", 1))
+        return Layout(data["kind"], data.get("block", 0), data.get("group", 1), data.get("signed", True))
 
 
 PLAIN = Layout()
+NIBBLES = 2
+"""4-bit integers in a byte."""
+
+
+def _halves(bytes: torch.Tensor, signed: bool) -> torch.Tensor:
+    """The 4-bit integers ``[..., 2 K, block]`` of panels of bytes ``[..., K, block]``, one in a byte."""
+    import torch
+
+    codes = torch.stack((bytes & 15, bytes >> 4), dim=-2).flatten(-3, -2)
+    return ((codes ^ 8).to(torch.int8) - 8) if signed else codes
 
 _PRODUCTS = (ops.Linear, ops.LinearInteger, ops.Conv2d, ops.ConvInteger)
 _NARROW = {(DType.BF16, DType.BF16): "bf16", (DType.U8, DType.I8): "u8*s8", (DType.I8, DType.I8): "s8*s8"}
@@ -116,6 +146,15 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
             yield stored.reshape(-1).view(torch.uint8).numpy().data
 
 
+GROUP_VECTORS = 2
+"""Vectors of columns in a panel of integers with scales."""
+
+
+def group_panel_width(dtype: DType, machine: Machine) -> int:
+    """Columns of a panel of integers with scales."""
+    return GROUP_VECTORS * machine.lanes("float32")
+
+
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
     """A layout for every weight: panels for a matrix of linear layers and for convolutions with channels last.
 
@@ -133,6 +172,7 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
         packable = multiplied and all(_is_matrix_of_linear(use) or _is_table(use) for use in found)
         filters = bool(found) and all(map(_is_filter, found))
         windows = bool(found) and all(map(_is_kernel_of_windows, found))
+        scaled = bool(found) and all(map(_is_of_groups, found))
         layouts[id] = (
             _panels(weight, found, machine)
             if packable
@@ -140,6 +180,8 @@ def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
             if filters
             else _taps(weight, found, machine)
             if windows
+            else _scaled_panels(weight, found, machine)
+            if scaled
             else PLAIN
         )
     return layouts
@@ -191,6 +233,12 @@ def _readers(uses: Iterable[Use]) -> Iterator[Use]:
 
 def _is_matrix_of_linear(use: Use) -> bool:
     return isinstance(use.user, ops.Linear | ops.LinearInteger) and use.index == 1
+
+
+def _is_of_groups(use: Use) -> bool:
+    """Whether a use is that of integers in groups, or of their scales or zero points."""
+    op = use.user
+    return isinstance(op, ops.LinearGroupwise) and op.operands[use.index] in (op.weight, op.scale, op.zero)
 
 
 def _is_table(use: Use) -> bool:
@@ -246,6 +294,17 @@ def _narrow_product(weight: Weight, readers: Iterable[Use], machine: Machine, de
         if product is not None and product.group > 1 and depth % product.depth_step == 0:
             return preferred_tiles(isa, kind)[0].vectors * isa.lanes, product.group
     return None
+
+
+def _scaled_panels(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
+    """Panels of one width for the integers of a layer, their scales and their zero points."""
+    op: Any = readers[0].user
+    block = group_panel_width(op.weight.type.dtype, machine)
+    depth, pairs = weight.type.shape[-1], weight.type.dtype.is_sub_byte
+    are_factors = all(use.user.operands[use.index] is use.user.weight for use in readers)  # type: ignore[attr-defined]
+    if pairs and are_factors and isinstance(depth, int) and depth % NIBBLES == 0:
+        return Layout("nibbles", block, signed=weight.type.dtype is DType.I4)
+    return Layout("panels", block)
 
 
 def _panel_width(weight: Weight, machine: Machine) -> int:

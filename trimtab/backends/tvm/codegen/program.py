@@ -30,6 +30,8 @@ class Stage:
         value: the stored expression; for a reduction the operand ``v`` in ``acc = combine(acc, v)``.
         combine: ``add``, ``mul``, ``max`` or ``min`` for reductions, else "".
         materialize: keep the result in a buffer instead of recomputing it in its readers.
+        scaled: for a sum of products whose second factor is integers times the scales of their groups, both in panels,
+            the kind of data that micro-kernels multiply, e.g. ``f32*i4``; "" for everything else.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Stage:
     init: Expr | None = None
     combine: str = ""
     materialize: bool = False
+    scaled: str = ""
 
     @property
     def is_reduction(self) -> bool:
@@ -68,6 +71,9 @@ class Program:
     def is_temporary(self, buffer: Any) -> bool:
         return any(buffer.same_as(other) for other in self.temporaries)
 
+
+SCALED = "trimtab.scaled"
+"""Attribute with which a rule says :attr:`Stage.scaled`."""
 
 LOOPS = "trimtab.loops"
 """Attribute of functions whose loops were written by a rule and stay as they are."""
@@ -130,6 +136,7 @@ def _read_stage(nest: Any) -> Stage | None:
         return None
     stage = Stage(block.name_hint, store.buffer, axes, extents, store.value, reduce_axes)
     stage.materialize = "materialize" in block.annotations
+    stage.scaled = str(block.annotations.get(SCALED, ""))
     leftover = {axis: tirx.const(0, str(axis.ty.dtype)) for axis in spatial if axis not in axes}
     if leftover:
         stage.value = rewrite(stage.value, leftover)

@@ -16,6 +16,7 @@ from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.program import Program, Stage, inline_pointwise, read_program
 from trimtab.backends.tvm.codegen.rows import RowKernel, group_stages, share_all_axes
+from trimtab.backends.tvm.codegen.scaled_product import scaled_product
 from trimtab.backends.tvm.codegen.vector_rounding import rounds, with_roundings
 from trimtab.backends.tvm.codegen.window_reduction import Window, find_window, window_kernel
 
@@ -108,7 +109,7 @@ def _places(indices: Sequence[Expr], reader: Stage, product: Stage) -> list[Any]
 
 def _generate(program: Program, segment: Segment, segments: Sequence[Segment], machine: Machine) -> Stmt:
     if isinstance(segment, Contraction):
-        return ContractionKernel(segment, machine).generate()
+        return scaled_product(segment, machine) if segment.stage.scaled else ContractionKernel(segment, machine).generate()
     if isinstance(segment, Window):
         return window_kernel(segment, machine).generate()
     local = [b for b in program.temporaries if _is_local(program, b, [segment])]

@@ -17,7 +17,7 @@ from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, acc
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
-from trimtab.backends.tvm.microkernels import InstructionSet, microkernel, rounding, transposition
+from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, microkernel, rounding, transposition
 from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.backends.tvm.microkernels.products import BITS
@@ -159,18 +159,33 @@ class TileProducts:
             sharing: how many tiles a panel has; 0 when that is not known, or when it is in a cache already.
         """
         kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
-        self.used[kernel.name] = kernel.text
         steps = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
         ahead = part * steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // BITS[kernel.b_dtype])
+        c_stride = index(tile.columns) if c_stride is None else c_stride
+        return self.call_kernel(kernel, a, stride, b, c, c_stride, depth, accumulate, wanted, ahead)
+
+    def call_kernel(
+        self, kernel: MicroKernel, a: Any, stride: Expr, b: Any, c: Any, c_stride: Expr, depth: Expr, accumulate: Expr,
+        wanted: Any, ahead: Expr, scales: Any = None, group: Expr | None = None,
+    ) -> Stmt:  # fmt: skip
+        """The call of one micro-kernel; other arguments than those of :meth:`call` are
+
+        Args:
+            ahead: how many elements behind ``wanted`` to begin to bring into the cache.
+            scales: the element at the beginning of the panel's scales, for kernels that take them.
+            group: consecutive k that share one.
+        """
+        self.used[kernel.name] = kernel.text
 
         def made(words: list[Expr]) -> Stmt:
-            lda, ldc, steps = words
+            lda, ldc, steps, *group = words
+            more = [pointer_to(scales, "r"), *group] if scales is not None else []
             return tirx.Evaluate(tirx.call_extern(
                 "int32", kernel.name, pointer_to(a, "r"), lda, pointer_to(b, "r"), pointer_to(c, "rw"), ldc, steps,
-                accumulate, pointer_to(wanted, "r", ahead),
+                accumulate, pointer_to(wanted, "r", ahead), *more,
             ))  # fmt: skip
 
-        return _as_words([stride, index(tile.columns) if c_stride is None else c_stride, depth], made)
+        return _as_words([stride, c_stride, depth, *([] if group is None else [group])], made)
 
     def transpose(self, a: Any, stride: Expr, rows: Expr, depth: Expr, b: Any, columns: Expr) -> Stmt:
         """Copy as many rows of ``depth`` words as a vector has lanes to columns of a panel.

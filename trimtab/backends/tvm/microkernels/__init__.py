@@ -19,7 +19,7 @@ from trimtab.backends.tvm.microkernels.isa import (
     InstructionSet,
 )
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
-from trimtab.backends.tvm.microkernels.products import NibbleProduct
+from trimtab.backends.tvm.microkernels.products import ScaledProduct
 from trimtab.backends.tvm.microkernels.rounding import PARAMETERS as ROUNDING_PARAMETERS
 from trimtab.backends.tvm.microkernels.rounding import rounding_body, vector_body
 from trimtab.backends.tvm.microkernels.tiles import RegisterTile, accumulator_sets, fits, preferred_tiles
@@ -48,8 +48,10 @@ class MicroKernel:
     from there for every ``prefetch_depth`` of the depth. It need not be a valid address. A kernel for a panel's only
     tile asks for the panel itself instead, ahead of where it reads.
 
-    With ``b_dtype`` ``i4`` the panel has bytes [depth / 2, columns], the even k in the low half, and the function has
-    one more parameter, ``ptr scales``: f32 [depth / 32, columns], 4-byte aligned, one factor per column and 32 k.
+    With ``a_dtype`` ``f32`` and integers in B, the function has two more parameters, ``ptr scales`` and ``i64 group``:
+    scales are f32 [depth / group, columns], 4-byte aligned, one factor per column and ``group`` consecutive k. A group
+    divides the depth. With ``b_dtype`` ``i4`` or ``u4`` the panel has bytes [depth / 2, columns], the even k in the low
+    half, and a group is even.
 
     TVM inlines the function where it is called and drops the attributes, so the target must have the features too.
 
@@ -61,7 +63,7 @@ class MicroKernel:
         columns: columns of the tile, which are those of a panel.
         group: consecutive k that are interleaved in B.
         a_dtype: ``f32``, ``bf16``, ``u8`` or ``s8``.
-        b_dtype: ``f32``, ``f16``, ``bf16``, ``s8`` or ``i4``.
+        b_dtype: ``f32``, ``f16``, ``bf16``, ``s8``, ``u8``, ``i4`` or ``u4``.
         c_dtype: ``f32`` or ``i32``.
         depth_step: the depth must be a multiple of this.
         prefetch_depth: the depth after which more lines of ``next`` are prefetched; 0 when none are.
@@ -133,7 +135,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
         amx.teardown_text(release)
         functions += [(f"i32 @{setup}()", prepare), (f"i32 @{teardown}()", release)]
     else:
-        alone = sharing == 1 and not isinstance(product, NibbleProduct)
+        alone = sharing == 1
         panel_lines = UNROLL * columns * product.b_bytes // LINE_BYTES
         if alone:
             name += "_alone"
@@ -144,8 +146,8 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
                 name += f"_ahead{prefetch_lines}"
         sets = accumulator_sets(isa, kind, tile)
         body = VectorKernel(isa, product, rows, tile.vectors, sets, UNROLL, prefetch_lines, alone).generate()
-        if isinstance(product, NibbleProduct):
-            parameters += ", ptr noalias %scales"
+        if isinstance(product, ScaledProduct):
+            parameters += ", ptr noalias %scales, i64 %group"
     functions.append((f"i32 @{name}({parameters})", body))
     text = _module(_width(isa), features, functions, globals)
     types = (product.a_dtype, product.b_dtype, product.c_dtype)

@@ -13,6 +13,7 @@ from trimtab.backends.tvm.microkernels.products import (
     NibbleProduct,
     PairProduct,
     Product,
+    ScaledProduct,
     WidenedProduct,
 )
 
@@ -59,8 +60,19 @@ def _floats(converts_half: bool = True, half_features: tuple[str, ...] = ()) -> 
         "bf16": FloatProduct("bf16", "bf16", "f32"),
         "f32*bf16": FloatProduct("f32", "bf16", "f32"),
         "f32*f16": FloatProduct("f32", "f16", "f32", features=half_features, converts_half=converts_half),
-        "f32*i4": NibbleProduct("f32", "i4", "f32", group=2, parts=2),
+        **_scaled(),
     }
+
+
+def _scaled(permutation: str = "") -> Products:
+    """Kinds whose second factor is integers with a scale for each group."""
+    temporaries = 1 if permutation else 0
+    return {
+        **{f"f32*{b}": ScaledProduct("f32", b, "f32", signed=b == "s8") for b in ("s8", "u8")},
+        **{f"f32*{b}": NibbleProduct("f32", b, "f32", 2, parts=2, temporaries=temporaries, signed=b == "i4",
+                                     permutation=permutation)
+           for b in ("i4", "u4")},
+    }  # fmt: skip
 
 
 def _widened() -> Products:
@@ -109,8 +121,7 @@ AVX_VNNI = replace(AVX2, name="avxvnni", products={**AVX2.products, **_vpdpbusd(
 AVX512 = InstructionSet("avx512", "x86_64", _AVX512, 64, 32, 8, {
     **_floats(),
     **_pmaddwd("llvm.x86.avx512.pmaddw.d.512", 8),
-    "f32*i4": NibbleProduct("f32", "i4", "f32", group=2, parts=2, temporaries=1,
-                            permutation="llvm.x86.avx512.permvar.sf.512"),
+    **_scaled("llvm.x86.avx512.permvar.sf.512"),
 })  # fmt: skip
 AVX512_VNNI = replace(AVX512, name="avx512vnni", chains=10,
                       products={**AVX512.products, **_vpdpbusd(512, "avx512vnni")})  # fmt: skip

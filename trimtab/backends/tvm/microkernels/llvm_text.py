@@ -84,6 +84,12 @@ class Writer:
         return self.let(f"shufflevector <{lanes} x {type}> {one}, <{lanes} x {type}> poison, "
                         f"<{lanes} x i32> zeroinitializer")  # fmt: skip
 
+    def integers(self, lanes: int, pointer: str, signed: bool) -> str:
+        """A vector of f32 from as many bytes at ``pointer``."""
+        narrow = self.load(f"<{lanes} x i8>", pointer, 1)
+        wide = self.let(f"{'sext' if signed else 'zext'} <{lanes} x i8> {narrow} to <{lanes} x i32>")
+        return self.let(f"sitofp <{lanes} x i32> {wide} to <{lanes} x float>")
+
     def loop(
         self, count: str, state: Sequence[tuple[str, str]], body: Callable[[list[str]], Sequence[str]]
     ) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from trimtab.backends.tvm.microkernels.llvm_text import Writer
 
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "s8": 8, "i4": 4}
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "s8": 8, "i4": 4, "u4": 4}
 _TYPES = {"f32": "float", "f16": "half", "bf16": "i16", "u8": "i8", "s8": "i8"}
 
 
@@ -119,41 +119,54 @@ def _half_to_float(f: Writer, bits: str, real: str, half: str) -> str:
 
 
 @dataclass(frozen=True)
-class NibbleProduct(Product):
-    """f32 times signed 4-bit weights: two k in a byte of B, the even one in the low half.
+class ScaledProduct(Product):
+    """f32 times integers of which a group of consecutive k of a column shares a scale.
 
-    The weights of ``scale_group`` consecutive k of a column share an f32 scale, and are summed before they are scaled.
+    The products of a group are added up before they are multiplied by the scale.
 
     Attributes:
-        permutation: an instruction that picks lanes of a register by the low four bits of its indices. It turns a
-            weight into f32 by a table of all sixteen, where otherwise two shifts and a conversion are needed.
+        signed: whether the integers are.
     """
 
-    scale_group: int = 32
-    permutation: str = ""
-
-    @property
-    def depth_step(self) -> int:
-        return self.scale_group
+    signed: bool = True
 
     def load_a(self, f: Writer, lanes: int, *rows: str) -> list[str]:
-        return [f.splat(lanes, "float", f.load("float", f.offset(rows[0], 4 * k), 1)) for k in range(2)]
+        return [f.splat(lanes, "float", f.load("float", f.offset(rows[0], 4 * k), 1)) for k in range(self.group)]
 
     def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
-        bits = f"<{lanes} x i32>"
-        pairs = f.let(f"sext <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, 1)} to {bits}")
-        if self.permutation:
-            real = f"<{lanes} x float>"
-            table = "<" + ", ".join(f"float {n - 16 if n > 7 else n}.0" for n in range(16)) + ">"
-            indices = (pairs, f.let(f"lshr {bits} {pairs}, splat (i32 4)"))
-            return [f.call(real, self.permutation, (real, table), (bits, index)) for index in indices]
-        even = f.let(f"ashr {bits} {f.let(f'shl {bits} {pairs}, splat (i32 28)')}, splat (i32 28)")
-        odd = f.let(f"ashr {bits} {pairs}, splat (i32 4)")
-        return [f.let(f"sitofp {bits} {value} to <{lanes} x float>") for value in (even, odd)]
+        return [f.integers(lanes, pointer, self.signed)]
 
     def multiply_add(self, f: Writer, lanes: int, accumulator: str, a: str, b: str) -> str:
         real = f"<{lanes} x float>"
         return f.call(real, f"llvm.fmuladd.v{lanes}f32", (real, a), (real, b), (real, accumulator))
+
+
+@dataclass(frozen=True)
+class NibbleProduct(ScaledProduct):
+    """4-bit weights: two k in a byte of B, the even one in the low half.
+
+    Attributes:
+        permutation: an instruction that picks lanes of a register by the low four bits of its indices. It turns a
+            weight into f32 by a table of all sixteen, where otherwise shifts and a conversion are needed.
+    """
+
+    permutation: str = ""
+
+    def load_b(self, f: Writer, lanes: int, pointer: str) -> list[str]:
+        bits, real = f"<{lanes} x i32>", f"<{lanes} x float>"
+        extend = "sext" if self.signed else "zext"
+        pairs = f.let(f"{extend} <{lanes} x i8> {f.load(f'<{lanes} x i8>', pointer, 1)} to {bits}")
+        if self.permutation:
+            table = "<" + ", ".join(f"float {n - 16 if self.signed and n > 7 else n}.0" for n in range(16)) + ">"
+            indices = (pairs, f.let(f"lshr {bits} {pairs}, splat (i32 4)"))
+            return [f.call(real, self.permutation, (real, table), (bits, index)) for index in indices]
+        if self.signed:
+            even = f.let(f"ashr {bits} {f.let(f'shl {bits} {pairs}, splat (i32 28)')}, splat (i32 28)")
+            odd = f.let(f"ashr {bits} {pairs}, splat (i32 4)")
+        else:
+            even = f.let(f"and {bits} {pairs}, splat (i32 15)")
+            odd = f.let(f"lshr {bits} {pairs}, splat (i32 4)")
+        return [f.let(f"sitofp {bits} {value} to {real}") for value in (even, odd)]
 
 
 @dataclass(frozen=True)

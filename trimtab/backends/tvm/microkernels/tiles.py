@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from trimtab.backends.tvm.microkernels.amx import TileProduct, row_tiles
 from trimtab.backends.tvm.microkernels.isa import InstructionSet
-from trimtab.backends.tvm.microkernels.products import NibbleProduct, Product
+from trimtab.backends.tvm.microkernels.products import Product, ScaledProduct
 
 # Each row has a pointer, and x86-64 has sixteen general registers. With more rows than this the pointers go to memory.
 _MOST_ROWS = 16
@@ -38,8 +38,8 @@ def registers_needed(product: Product | TileProduct, tile: RegisterTile, sets: i
         return blocks * tile.vectors + blocks + 1
     blocks = -(-tile.rows // product.rows_at_once)
     across = tile.vectors * product.rows_at_once
-    # The scaled sums of 4-bit weights are accumulators of their own.
-    kinds = sets + isinstance(product, NibbleProduct)
+    # The scaled sums are accumulators of their own.
+    kinds = sets + isinstance(product, ScaledProduct)
     # With one multiply-add per row, LLVM lets sums change registers from step to step.
     spare = 4 if across == 1 else 0
     return kinds * blocks * across + product.parts * (across + 1) + product.temporaries + spare

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from trimtab.backends.tvm.microkernels.isa import InstructionSet
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES, Writer
-from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, NibbleProduct, Product
+from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, Product, ScaledProduct
 
 AHEAD_BYTES = 2048
 """How far ahead of where it reads a kernel asks for lines: as long as memory takes, and they stay in the cache."""
+SCALE_BYTES = 4
 PARTS = 4
 """Places of a panel that are read at a time."""
 
@@ -17,7 +18,8 @@ PARTS = 4
 class VectorKernel:
     """Generates the body of one kernel of ``rows`` by ``vectors`` registers of results.
 
-    Its parameters are ``%a %lda %b %c %ldc %depth %accumulate %next`` and, for 4-bit weights, ``%scales``.
+    Its parameters are ``%a %lda %b %c %ldc %depth %accumulate %next`` and, for integers with scales, ``%scales`` and
+    ``%group``.
 
     Args:
         isa: the instruction set.
@@ -28,7 +30,8 @@ class VectorKernel:
         lines: how many lines of ``%next`` an iteration of more than one step asks for.
         alone: the kernel is for the only tile of a panel, which then comes from memory and not from a cache. It reads
             ``PARTS`` parts of the depth side by side, because memory is faster where several places are read at a time,
-            and asks for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``.
+            and asks for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``. Integers with
+            scales are read in one place: what they are waiting for is mostly their conversion.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class VectorKernel:
         f, p = self.f, self.product
         stride = f.let(f"mul i64 %lda, {BITS[p.a_dtype] // 8}")
         self.a_rows = ["%a", *(f.offset("%a", f.let(f"mul i64 {stride}, {row}")) for row in range(1, self.rows))]
-        if isinstance(p, NibbleProduct):
+        if isinstance(p, ScaledProduct):
             sums = self._scaled_groups(p)
         else:
             first = self._row_corrections(p) if isinstance(p, DotProduct) and p.toggles_b else None
@@ -80,7 +83,10 @@ class VectorKernel:
         def iteration(count: int) -> Callable[[list[str]], list[str]]:
             def body(values: list[str]) -> list[str]:
                 a_offset, b, wanted, *sums = values
-                if count > 1:
+                if self.alone and count > 1:
+                    for line in range(0, count * self.columns * self.product.b_bytes, LINE_BYTES):
+                        f.prefetch(f.offset(b, AHEAD_BYTES + line), level=1)
+                elif count > 1:
                     for _ in range(self.lines):
                         f.prefetch(wanted)
                         wanted = f.offset(wanted, LINE_BYTES)
@@ -92,7 +98,7 @@ class VectorKernel:
 
             return body
 
-        if self.alone:
+        if self.alone and not isinstance(self.product, ScaledProduct):
             values, steps = self._accumulate_parts(steps, list(zip(types, values, strict=True)))
         elif self.unroll > 1:
             values = f.loop(f.let(f"sdiv i64 {steps}, {self.unroll}"), list(zip(types, values, strict=True)),
@@ -184,24 +190,29 @@ class VectorKernel:
             result += [spread] * (self.columns // lanes)
         return result
 
-    def _scaled_groups(self, product: NibbleProduct) -> list[str]:
+    def _scaled_groups(self, product: ScaledProduct) -> list[str]:
         """Accumulators with the sum over each group of k multiplied by its scales."""
         f, lanes = self.f, self.lanes
         vectors = self.columns // lanes
+        steps = f.let(f"sdiv exact i64 %group, {product.group}")
 
         def group(values: list[str]) -> list[str]:
             places, scales, totals = values[:3], values[3], values[4:]
-            sums, places = self._accumulate(str(product.scale_group // product.group), places)
-            factors = [f.load(self.type, f.offset(scales, vector * lanes * 4), 4) for vector in range(vectors)]
+            if self.alone:
+                for line in range(0, self.columns * SCALE_BYTES, LINE_BYTES):
+                    f.prefetch(f.offset(scales, AHEAD_BYTES // 4 + line), level=1)
+            sums, places = self._accumulate(steps, places)
+            starts = range(0, vectors * lanes * SCALE_BYTES, lanes * SCALE_BYTES)
+            factors = [f.load(self.type, f.offset(scales, start), 4) for start in starts]
             totals = [
                 f.call(self.type, f"llvm.fmuladd.v{lanes}f32", *((self.type, x) for x in (sum, scale, total)))
                 for sum, scale, total in zip(sums, factors * self.rows, totals, strict=True)
             ]
-            return [*places, f.offset(scales, self.columns * 4), *totals]
+            return [*places, f.offset(scales, self.columns * SCALE_BYTES), *totals]
 
         start = [("i64", "0"), ("ptr", "%b"), ("ptr", "%next"), ("ptr", "%scales")]
         start += [(self.type, "zeroinitializer")] * self.accumulators
-        _, _, _, _, *totals = f.loop(f.let(f"sdiv exact i64 %depth, {product.scale_group}"), start, group)
+        _, _, _, _, *totals = f.loop(f.let("sdiv exact i64 %depth, %group"), start, group)
         return totals
 
     def _by_row(self, sums: list[str]) -> list[str]:

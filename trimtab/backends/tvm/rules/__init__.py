@@ -11,6 +11,7 @@ from trimtab.backends.tvm.rules import (  # noqa: F401  imported for their regis
     convolution,
     creation,
     elementwise,
+    groupwise,
     indexing,
     movement,
     normalization,

@@ -51,9 +51,14 @@ def _dequantize(op: Any, scope: Scope, x: Operand, scale: Operand, zero: Operand
         value = cast(x.broadcast(at, shape), SUM)
         if zero is not None:
             value = value - cast(zero.broadcast(at, shape), SUM)
-        return tirx.Cast("float32", value) * scale.broadcast(at, shape)
+        return _rounded(tirx.Cast("float32", value) * scale.broadcast(at, shape))
 
     return compute(scope.shape(shape), element, op.name)
+
+
+def _rounded(product: Expr) -> Expr:
+    """``product`` with its own rounding: LLVM would add to it what follows before it rounds both together."""
+    return tirx.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", product)
 
 
 @lowers(ops.Requantize)
@@ -99,26 +104,3 @@ def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, zero: Opera
     )
     read = padded(Operand(op.x.type, scope.shape(shape), centred), op.padding, op.padding, first, SUM)
     return window_sums(op, scope, read, weight, SUM)
-
-
-@lowers(ops.LinearGroupwise)
-def _groupwise(
-    op: Any, scope: Scope, x: Operand, weight: Operand, scale: Operand, zero: Operand | None, bias: Operand | None
-) -> Any:
-    work = "float32"
-    k = te.reduce_axis((i64(0), x.shape[-1]), "k")
-
-    def widened(row: Expr, column: Expr) -> Expr:
-        group = tirx.floordiv(column, i64(op.group))
-        value = cast(weight(row, column), work)
-        return (value if zero is None else value - cast(zero(row, group), work)) * scale(row, group)
-
-    def term(*at: Expr) -> Expr:
-        *rows, column = at
-        return te.sum(x(*rows, k.var) * widened(column, k.var), axis=k)
-
-    shape = scope.shape(op.result.type.shape)
-    product = compute(shape, term, "linear")
-    if bias is None:
-        return product
-    return compute(shape, lambda *at: product(*at) + bias.broadcast(at), "linear_bias")

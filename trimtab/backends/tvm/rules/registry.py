@@ -16,7 +16,7 @@ from tvm import te, tirx
 from trimtab.backends.tvm.codegen.expression import let
 from trimtab.backends.tvm.codegen.loops import store
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.layouts import PLAIN, Layout
+from trimtab.backends.tvm.layouts import NIBBLES, PLAIN, Layout
 from trimtab.ir.dims import Dim, as_symbol, evaluate, symbols_of
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
@@ -120,11 +120,17 @@ class Operand:
         return self.tensor(*place) if isinstance(self.tensor, te.Tensor) else tirx.BufferLoad(self.tensor, list(place))
 
     def packed(self, row: Expr, column: Expr) -> Expr:
-        """The element (row, column) of a matrix, however it is stored."""
+        """The element (row, column) of a matrix, however it is stored; 4-bit integers as ``int32``."""
         if self.layout.is_plain:
             return self(row, column)
         block, group = i64(self.layout.block), i64(self.layout.group)
         panel, within = tirx.floordiv(row, block), tirx.floormod(row, block)
+        if self.layout.kind == "nibbles":
+            byte = tirx.Cast("int32", self(panel, tirx.floordiv(column, i64(NIBBLES)), within))
+            places = tirx.Cast("int32", tirx.floormod(column, i64(NIBBLES))) * tirx.const(4, "int32")
+            code = tirx.bitwise_and(tirx.shift_right(byte, places), tirx.const(15, "int32"))
+            eight = tirx.const(8, "int32")
+            return tirx.bitwise_xor(code, eight) - eight if self.layout.signed else code
         if self.layout.group == 1:
             return self(panel, column, within)
         return self(panel, tirx.floordiv(column, group), within, tirx.floormod(column, group))
@@ -193,6 +199,7 @@ class Rule:
         absorbs_permute: whether operands may be read through a permutation or slice instead of being copied first.
         broadcasts: names of operands that are read by :meth:`Operand.broadcast`, so that what they were expanded from
             serves as well.
+        reads_sub_byte: names of operands that may be of sub-byte types, where they are weights.
     """
 
     function: RuleFunction
@@ -200,6 +207,7 @@ class Rule:
     loops: bool = False
     absorbs_permute: bool = False
     broadcasts: tuple[str, ...] = ()
+    reads_sub_byte: tuple[str, ...] = ()
 
 
 _RULES: dict[type[Op], Rule] = {}
@@ -214,12 +222,14 @@ def lowers(
     check: Callable[[Any], str] = _supported,
     absorbs_permute: bool = False,
     broadcasts: tuple[str, ...] = (),
+    reads_sub_byte: tuple[str, ...] = (),
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule that makes TE tensors."""
 
     def register(function: RuleFunction) -> RuleFunction:
         for cls in classes:
-            _RULES[cls] = Rule(function, check, absorbs_permute=absorbs_permute, broadcasts=broadcasts)
+            _RULES[cls] = Rule(function, check, absorbs_permute=absorbs_permute, broadcasts=broadcasts,
+                               reads_sub_byte=reads_sub_byte)  # fmt: skip
         return function
 
     return register
