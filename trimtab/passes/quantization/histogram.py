@@ -82,7 +82,13 @@ class Histogram:
         }
 
     def load(self, state: dict[str, NDArray[Any]]) -> None:
-        """Become what :meth:`state` was taken of."""
+        """Become what :meth:`state` was taken of.
+
+        Raises:
+            KeyError, ValueError: it was taken of something else.
+        """
+        if np.shape(state["counts"]) != (BINS,):
+            raise ValueError(f"a histogram has {BINS} bins")
         self.low, self.high = (float(end) for end in state["ends"])
         self._exponent, self._first = (int(number) for number in state["place"])
         self._counts = np.array(state["counts"], np.int64)

@@ -116,8 +116,9 @@ class MinMax(Observer):
         self._ends = (np.array(state["low"]), np.array(state["high"])) if state else None
 
     def _update(self, tensor: torch.Tensor) -> None:
-        low, high = self._ends_of(tensor)
-        self._ends = (low, high) if self._ends is None else self._joined(self._ends, (low, high))
+        ends = self._ends_of(tensor)
+        low, high = ends if self._ends is None else self._joined(self._ends, ends)
+        self._ends = np.asarray(low), np.asarray(high)  # of numbers, numpy's functions do not return arrays
 
     def _range(self) -> tuple[Any, Any]:
         assert self._ends is not None
