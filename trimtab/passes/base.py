@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -52,15 +52,19 @@ class Context:
 
     Attributes:
         calibration: checked batches, each a tensor per input of the module in order; empty when the user gave none.
+            They may be more than memory holds: walk them, and keep nothing that grows with their number.
         metric: the user's score of a module, or None.
         seed: seed of everything random in passes and samples.
         rewrites: the log of this application of the pass, and the gate that its rewrites go through.
+        reference: the module before the first lossy pass of the pipeline, which shares its weights and is only read;
+            None before that pass. A caller who has the original of a lossy module may give it.
     """
 
-    calibration: tuple[tuple[torch.Tensor, ...], ...] = ()
+    calibration: Sequence[tuple[torch.Tensor, ...]] = ()
     metric: Metric | None = None
     seed: int = 0
     rewrites: Rewrites = field(default_factory=_fresh_rewrites, repr=False)
+    reference: Module | None = field(default=None, repr=False)
     _notes: list[str] = field(default_factory=list, repr=False)
     _records: list[dict[str, Any]] = field(default_factory=list, repr=False)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trimtab.errors import ContractError, PassError, TrimtabError
 from trimtab.ir.rewrite.log import Rewrites
 from trimtab.passes.base import Context, Pass
+from trimtab.passes.calibration import converted
 from trimtab.passes.contract_check import MAC_LIMIT, CheckMode, ContractCheck
+from trimtab.passes.contracts import Lossy
 from trimtab.passes.observers import Observer, Step, Timing, Verify
 from trimtab.passes.pipeline import Group, Pipeline, parse_pipeline
 from trimtab.passes.registry import check_declaration, load_pass, pass_names
@@ -135,8 +138,10 @@ class _Run:
             raise _failure(step, error) from error
         if row.changed:
             self._module = after
+            if self._ctx.reference is None and isinstance(pass_.contract, Lossy):
+                self._ctx = replace(self._ctx, reference=before)
             if pass_.changes_signature and self._ctx.calibration:
-                batches = tuple(pass_.inputs_after(before, batch) for batch in self._ctx.calibration)
+                batches = converted(self._ctx.calibration, partial(pass_.inputs_after, before))
                 self._ctx = replace(self._ctx, calibration=batches)
         else:
             self._copy = after

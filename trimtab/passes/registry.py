@@ -54,6 +54,7 @@ _OWN: Mapping[str, str] = {
     "raise-layer-norm": "trimtab.passes.raise_layer_norm:RaiseLayerNorm",
     "raise-linear": "trimtab.passes.raise_linear:RaiseLinear",
     "raise-patch-embedding": "trimtab.passes.raise_patch_embedding:RaisePatchEmbedding",
+    "raise-quantized": "trimtab.passes.raise_quantized:RaiseQuantized",
     "raise-rms-norm": "trimtab.passes.raise_rms_norm:RaiseRmsNorm",
     "raise-rotary": "trimtab.passes.raise_rotary:RaiseRotary",
     "raise-silu": "trimtab.passes.raise_silu:RaiseSilu",

@@ -68,12 +68,13 @@ class Channels:
         return numbers
 
 
-def readers(source: Value, axis: int) -> Iterator[tuple[Use, Channels]]:
-    """Every place that reads ``source``, directly or moved, and which of its channels, along ``axis``, it sees.
+def readers(source: Value, axis: int | Channels) -> Iterator[tuple[Use, Channels]]:
+    """Every place that reads ``source``, directly or moved, and which of its channels it sees.
 
-    An op that only moves elements is not such a place, unless it mixes channels with other axes.
+    The channels lie along ``axis``, or, as those of heads side by side, where :class:`Channels` says. An op that only
+    moves elements is not such a place, unless it mixes channels with other axes.
     """
-    waiting = deque([(source, Channels.along(axis, source))])
+    waiting = deque([(source, axis if isinstance(axis, Channels) else Channels.along(axis, source))])
     while waiting:
         value, channels = waiting.popleft()
         for use in value.uses:
