@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -55,6 +55,7 @@ def compile(
     threads: int | None = None,
     *,
     pipeline: str | None = DEFAULT_PIPELINE,
+    calibration: Iterable[Any] | None = None,
     precision: str = "f32",
     include_runtime: bool = True,
     name: str = "",
@@ -73,6 +74,7 @@ def compile(
         threads: threads to plan for, and what sessions of the file then use by default; None plans for the cores this
             process may use (:func:`trimtab.cores.usable_cores`), and sessions use those of the machine they run on.
         pipeline: passes to run first; None or an empty text for none but those that the backend itself asks for.
+        calibration: batches of real inputs for these passes; see :func:`trimtab.optimize`.
         precision: ``f32`` to compute as the module says; ``bf16`` for matrix products in bfloat16, whose sums and all
             else stay in float32; ``f16-storage`` for weights of products in float16 and all arithmetic in float32. It
             stands for the pass ``cast-precision`` at the end of ``pipeline``.
@@ -87,7 +89,7 @@ def compile(
 
     Raises:
         UnsupportedByBackendError: ops the backend cannot compile, all at once.
-        PassError, BackendError, UsageError: see their classes.
+        PassError, CalibrationError, BackendError, UsageError: see their classes.
     """
     from trimtab.expected_outputs import expected_outputs
     from trimtab.passes.optimize import optimize
@@ -105,7 +107,7 @@ def compile(
         module = _without_groups(module)
     if passes:
         with stages("optimize", 0.0):
-            result = optimize(module, passes, observers=observers)
+            result = optimize(module, passes, calibration, observers=observers)
         module, report = result.module, result.report.to_dict()
     with stages("check capabilities", 0.2):
         for generator in generators:

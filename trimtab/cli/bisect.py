@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.cli.calibration_files import CalibrationBatchOption, CalibrationOption, calibration_files
 from trimtab.cli.command_options import DebugOption, JsonOption, ModelArgument
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ def bisect_command(
         list[Path] | None,
         typer.Option(metavar="FILE.npz", help="Inputs to check on, one array per input (repeatable)."),
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE.npz", help="A batch of real inputs for passes that need data (repeatable)."),
-    ] = None,
+    calibration: CalibrationOption = None,
+    calibration_batch: CalibrationBatchOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Folder of the reproducer, by default reproducer-PASS."),
@@ -57,7 +56,7 @@ def bisect_command(
     """
     from trimtab.atomic_file import check_new_folder
     from trimtab.cli.model_argument import load_model
-    from trimtab.cli.progress import part, progress_bar
+    from trimtab.cli.progress import Stages, part, progress_bar
     from trimtab.errors import PassError
 
     if out is not None:
@@ -66,14 +65,16 @@ def bisect_command(
     from trimtab.debug import make_reproducer, write_reproducer
     from trimtab.passes.optimize import DEFAULT_PIPELINE
 
-    with progress_bar("bisect") as update:
+    with progress_bar("bisect") as bar:
+        update = Stages(bar)
         update("import the model", 0.0)
+        module = load_model(model)
         found = trimtab.bisect(
-            load_model(model),
+            module,
             DEFAULT_PIPELINE if passes is None else passes,
             check,
             inputs=_read_batches(inputs),
-            calibration=_read_batches(calibration),
+            calibration=calibration_files(module, calibration, calibration_batch, update.detail),
             seed=seed,
             thorough=thorough,
             progress=part(update, 0.1, 0.5),

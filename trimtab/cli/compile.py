@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.cli.calibration_files import CalibrationBatchOption, CalibrationOption, calibration_files
 from trimtab.cli.command_options import (
     DebugOption,
     JsonOption,
@@ -46,6 +47,8 @@ def compile_command(
             help="`f32`; `bf16` for matrix products in bfloat16; `f16-storage` for their weights in float16.",
         ),
     ] = "f32",
+    calibration: CalibrationOption = None,
+    calibration_batch: CalibrationBatchOption = None,
     threads: ThreadsOption = None,
     backend: Annotated[
         str,
@@ -67,7 +70,7 @@ def compile_command(
 ) -> None:
     """Compile MODEL to one file, and check in a fresh process that it runs and gives the right results."""
     from trimtab.cli.model_argument import load_model, model_name
-    from trimtab.cli.progress import part, progress_bar
+    from trimtab.cli.progress import Stages, part, progress_bar
 
     path = output if output is not None else Path(f"{model_name(model)}.trim")
     require_directory(path, "--output")
@@ -80,10 +83,14 @@ def compile_command(
     if report is not None and not pipeline and precision == "f32":
         raise UsageError("there is nothing to report", rule="no passes run", fix="leave out --report, or name --passes")
     seconds: dict[str, float] = {}
-    with progress_bar("compile") as update, reporting(report, model) as recorders:
+    if calibration and not pipeline:
+        raise UsageError("there is nothing to calibrate", rule="no passes run", fix="leave --calibration out")
+    with progress_bar("compile") as bar, reporting(report, model) as recorders:
+        update = Stages(bar)
         start = time.perf_counter()
         update("import the model", 0.0)
         module = load_model(model)
+        batches = calibration_files(module, calibration, calibration_batch, update.detail)
         seconds["import the model"] = time.perf_counter() - start
         artifact = trimtab.compile(
             module,
@@ -91,6 +98,7 @@ def compile_command(
             backend=backend,
             threads=threads,
             pipeline=pipeline,
+            calibration=batches,
             precision=precision,
             include_runtime=runtime_library,
             name=model_name(model),
@@ -104,6 +112,7 @@ def compile_command(
         seconds["write and check"] = time.perf_counter() - start
     document = _describe(path, artifact, target, seconds)
     document["report_page"] = str(report) if report is not None else None
+    document["calibration"] = {"batches": len(batches), "notes": batches.notes} if batches is not None else None
     if json:
         from trimtab.cli.output import print_json
 
@@ -157,5 +166,9 @@ def _print(document: dict[str, Any]) -> None:
     to.print(f"  precision {document['precision']}")
     stages = ", ".join(f"{stage} {text_seconds(value)}" for stage, value in document["seconds"].items())
     to.print(f"  time     {stages}")
+    if document["calibration"]:
+        to.print(f"  data     {document['calibration']['batches']} calibration batches")
+        for note in document["calibration"]["notes"]:
+            to.print(f"  note     {note}")
     if document["report_page"]:
         to.print(f"  report   {document['report_page']}")

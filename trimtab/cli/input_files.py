@@ -1,9 +1,11 @@
-"""Arrays from files for ``run``, ``bench`` and ``optimize``, and random inputs that fit a signature."""
+"""Arrays from files for ``run``, ``bench`` and ``bisect``, and random inputs that fit a signature."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,15 +103,27 @@ def read_arrays(path: Path) -> dict[str, Array] | Array:
     """
     import numpy as np
 
-    if not path.is_file():
-        raise UsageError("there is no such input file", values={"file": path}, fix="check the path")
-    try:
+    with readable(path):
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Reading the arrays of ``path`` inside.
+
+    Raises:
+        UsageError: there is no such file.
+        InputError: what is raised inside because the file is damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise UsageError("there is no such input file", values={"file": path}, fix="check the path")
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise InputError(
             "cannot read an input file",
             values={"file": path, "reason": str(error).splitlines()[0] if str(error) else type(error).__name__},

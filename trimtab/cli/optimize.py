@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.cli.calibration_files import CalibrationBatchOption, CalibrationOption, calibration_files
 from trimtab.cli.command_options import (
     DebugOption,
     JsonOption,
@@ -39,17 +40,15 @@ def optimize_command(
         list[str] | None,
         typer.Option(metavar="OP=N", help="Fail unless the result has N ops of this kind (repeatable)."),
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE.npz", help="A batch of real inputs, one array per input (repeatable)."),
-    ] = None,
+    calibration: CalibrationOption = None,
+    calibration_batch: CalibrationBatchOption = None,
     report: ReportOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a pipeline on MODEL, show what each pass did and how far results moved, and write the module."""
     from trimtab.cli.model_argument import load_model
-    from trimtab.cli.progress import progress_bar
+    from trimtab.cli.progress import Stages, progress_bar
 
     if output is not None:
         if output.suffix != ".ttir":
@@ -60,10 +59,11 @@ def optimize_command(
     from trimtab.passes.optimize import DEFAULT_PIPELINE
 
     pipeline = DEFAULT_PIPELINE if passes is None else passes
-    batches = _read_batches(calibration or ())
-    with progress_bar("optimize") as update, reporting(report, model) as recorders:
+    with progress_bar("optimize") as bar, reporting(report, model) as recorders:
+        update = Stages(bar)
         update("import the model", 0.0)
         module = load_model(model)
+        batches = calibration_files(module, calibration, calibration_batch, update.detail)
         observers = [*_observers(dump, update, pipeline), *recorders]
         result = trimtab.optimize(module, pipeline, calibration=batches, expect=counts or None, observers=observers)
         if output is not None:
@@ -77,6 +77,7 @@ def optimize_command(
         "ops": sum(1 for _ in result.module.walk()),
         "weight_bytes": result.module.weight_bytes,
         "write_seconds": written if output is not None else 0.0,
+        "calibration": {"batches": len(batches), "notes": batches.notes} if batches is not None else None,
         "report": result.report.to_dict(),
         "report_page": str(report) if report is not None else None,
     }
@@ -86,12 +87,6 @@ def optimize_command(
         print_json(document)
     else:
         _print(document)
-
-
-def _read_batches(paths: Any) -> list[Any] | None:
-    from trimtab.cli.input_files import read_arrays
-
-    return [read_arrays(path) for path in paths] or None
 
 
 def _observers(dump: Path | None, update: Any, pipeline: str) -> list[Observer]:
@@ -146,7 +141,8 @@ def _print(document: dict[str, Any]) -> None:
         to.print(rows.title)
     if unchanged:
         to.print(f"changed nothing: {', '.join(dict.fromkeys(unchanged))}")
-    for note in [*report["notes"], *(f"{row['text']}: {note}" for row in report["passes"] for note in row["notes"])]:
+    notes = [*(document["calibration"] or {"notes": []})["notes"], *report["notes"]]
+    for note in [*notes, *(f"{row['text']}: {note}" for row in report["passes"] for note in row["notes"])]:
         to.print(f"note: {note}")
     checks = text_seconds(report["check_seconds"])
     to.print(

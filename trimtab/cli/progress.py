@@ -44,6 +44,22 @@ def progress_bar(title: str) -> Iterator[Update]:
         yield update
 
 
+class Stages:
+    """Progress that knows its stage, so that work inside of a stage can say more and need not know of the rest."""
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+        self._stage, self._fraction = "", 0.0
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        self._stage, self._fraction = stage, fraction
+        self._update(stage, fraction)
+
+    def detail(self, text: str) -> None:
+        """Say what is done inside of the stage."""
+        self._update(f"{self._stage}, {text}" if self._stage else text, self._fraction)
+
+
 def time_left(elapsed: float, fraction: float) -> str:
     """How long the rest takes at the pace so far, in words; empty while that is unknown."""
     if fraction <= 0.02:
