@@ -104,8 +104,8 @@ class Quantize(Pass):
                 continue
             watched = {x: make_observer(self.observer, bits=bits) for x in its.values()}
             observe(module, watched, ctx.calibration, what=self.name)
-            ranges = {x: tuple(map(float, seen.range())) for x, seen in watched.items()}
-            found |= {(n, bits): Affine.of_range(*ranges[x], Integers.affine(bits)) for n, x in its.items()}
+            hows = {x: Affine.of_range(*seen.range(), Integers.affine(bits)) for x, seen in watched.items()}
+            found |= {(n, bits): hows[x] for n, x in its.items()}
         return found
 
     def _rewrite(self, module: Module, chosen: Sequence[Bits], inputs: Inputs) -> Module:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trimtab.errors import InternalError
 from trimtab.ir.core import Module, Value
 from trimtab.passes.quantization.bits import FLOAT, Bits
-from trimtab.passes.quantization.observers import Observer
 from trimtab.passes.quantization.scales import LEAST_SCALE, Affine, Integers, quantized_rows, row_scales
 from trimtab.passes.quantization.sites import Site
 from trimtab.passes.quantization.statistics import observe
@@ -63,7 +61,7 @@ def layer_facts(
     return sorted((facts for layers in watched.values() for facts in layers.facts), key=lambda facts: facts.number)
 
 
-class _Layers(Observer):
+class _Layers:
     """The layers that read one value; they are measured when it is seen."""
 
     def __init__(self) -> None:
@@ -75,9 +73,6 @@ class _Layers(Observer):
 
     def update(self, tensor: torch.Tensor) -> None:
         self.facts = [_measured(tensor.double(), *layer) for layer in self._layers]
-
-    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        raise InternalError("layers have no range")
 
 
 def _measured(

@@ -25,8 +25,7 @@ def round_residuals(module: Module, batches: Any, made_by: str) -> int:
     watched = {value: make_observer("minmax") for value in found}
     observe(module, watched, batches, what=made_by)
     for value, seen in watched.items():
-        low, high = map(float, seen.range())
-        _round(module, value, Affine.of_range(low, high, Integers.affine(8)), made_by)
+        _round(module, value, Affine.of_range(*seen.range(), Integers.affine(8)), made_by)
     return len(found)
 
 

@@ -53,14 +53,14 @@ class Affine:
     integers: Integers
 
     @staticmethod
-    def of_range(low: float, high: float, integers: Integers) -> Affine:
+    def of_range(low: float | torch.Tensor, high: float | torch.Tensor, integers: Integers) -> Affine:
         """The finest scale whose integers reach from ``low`` to ``high``; zero is always one of them.
 
         The scale is a number of float32, as kernels read it.
         """
         import torch
 
-        low, high = min(low, 0.0), max(high, 0.0)
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
         if integers.low < 0:
             widest = max(-low, high)
             low, high = -widest, widest
