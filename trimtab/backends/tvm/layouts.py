@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.register_tile import NOTICEABLE, choose_tile
+from trimtab.backends.tvm.microkernels.fixed_point import BLOCK, QUAD, has_fixed_point
 from trimtab.backends.tvm.microkernels.tiles import preferred_tiles
 from trimtab.ir import ops
 from trimtab.ir.core import Graph, Module, Use, Value
@@ -32,9 +33,10 @@ class Layout:
     ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
-    quadruples read it.  ``kind="nibbles"``: 4-bit integers as panels of bytes ``[ceil(N / block), K / 2, block]``, an even
-    k in the low half of a byte and the next one in the high half.  ``kind="taps"``: the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix
-    ``[O, kh * kw * C]``, the channels of a tap together.
+    quadruples read it.  ``kind="nibbles"``: panels of 4-bit integers, two of which are in a byte: those at an even index
+    of the second axis, k or k / group, in the low half, and those at the next one in the high half.  ``kind="taps"``:
+    the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix ``[O, kh * kw * C]``, the channels of a
+    tap together.
 
     Attributes:
         signed: of nibbles, whether they are of the signed type.
@@ -81,20 +83,19 @@ class Layout:
         if padded != rows:
             full[..., :rows, :] = data
         grouped = full.reshape(*stack, -1, self.block, depth // self.group, self.group).transpose(-2, -3)
-        panels = (grouped if self.group > 1 else grouped.squeeze(-1)).contiguous()
         if self.kind == "nibbles":
-            codes = (panels & 15).byte()
-            panels = codes[..., 0::NIBBLES, :] | (codes[..., 1::NIBBLES, :] << 4)
-        return panels
+            codes = (grouped & 15).byte()
+            grouped = codes[..., 0::NIBBLES, :, :] | (codes[..., 1::NIBBLES, :, :] << 4)
+        return (grouped if self.group > 1 else grouped.squeeze(-1)).contiguous()
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The plain form of what :meth:`pack` made from a weight of ``shape``."""
         if self.is_plain:
             return stored
         *stack, rows, depth = self._matrices(shape)
-        if self.kind == "nibbles":
-            stored = _halves(stored, self.signed)
         grouped = stored if self.group > 1 else stored.unsqueeze(-1)
+        if self.kind == "nibbles":
+            grouped = _halves(grouped, self.signed)
         matrix = grouped.transpose(-2, -3).reshape(*stack, -1, depth)[..., :rows, :]
         if self.kind == "taps":
             matrix = matrix.unflatten(-1, (*shape[-2:], shape[-3])).movedim(-1, -3)
@@ -119,10 +120,10 @@ NIBBLES = 2
 
 
 def _halves(bytes: torch.Tensor, signed: bool) -> torch.Tensor:
-    """The 4-bit integers ``[..., 2 K, block]`` of panels of bytes ``[..., K, block]``, one in a byte."""
+    """The 4-bit integers ``[..., 2 D, block, group]`` of panels of bytes ``[..., D, block, group]``, one in a byte."""
     import torch
 
-    codes = torch.stack((bytes & 15, bytes >> 4), dim=-2).flatten(-3, -2)
+    codes = torch.stack((bytes & 15, bytes >> 4), dim=-3).flatten(-4, -3)
     return ((codes ^ 8).to(torch.int8) - 8) if signed else codes
 
 _PRODUCTS = (ops.Linear, ops.LinearInteger, ops.Conv2d, ops.ConvInteger)
@@ -148,11 +149,8 @@ def packed_blocks(weight: Weight, layout: Layout, panels_at_once: int = 8) -> It
 
 GROUP_VECTORS = 2
 """Vectors of columns in a panel of integers with scales."""
-
-
-def group_panel_width(dtype: DType, machine: Machine) -> int:
-    """Columns of a panel of integers with scales."""
-    return GROUP_VECTORS * machine.lanes("float32")
+_LONGEST_GROUP = 32768
+"""The longest sum of products of two bytes that 32 bits surely hold."""
 
 
 def choose_layouts(module: Module, machine: Machine) -> dict[str, Layout]:
@@ -298,13 +296,17 @@ def _narrow_product(weight: Weight, readers: Iterable[Use], machine: Machine, de
 
 def _scaled_panels(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
     """Panels of one width for the integers of a layer, their scales and their zero points."""
-    op: Any = readers[0].user
-    block = group_panel_width(op.weight.type.dtype, machine)
-    depth, pairs = weight.type.shape[-1], weight.type.dtype.is_sub_byte
-    are_factors = all(use.user.operands[use.index] is use.user.weight for use in readers)  # type: ignore[attr-defined]
-    if pairs and are_factors and isinstance(depth, int) and depth % NIBBLES == 0:
-        return Layout("nibbles", block, signed=weight.type.dtype is DType.I4)
-    return Layout("panels", block)
+    layers: list[Any] = [use.user for use in readers]
+    block = GROUP_VECTORS * machine.lanes("float32")
+    if not all(use.user.operands[use.index] is layer.weight for use, layer in zip(readers, layers, strict=True)):
+        return Layout("panels", block)
+    by_digits = any(map(has_fixed_point, machine.instruction_sets)) and all(
+        layer.group % BLOCK == 0 and layer.group <= _LONGEST_GROUP for layer in layers
+    )
+    group, depth = QUAD if by_digits else 1, int(weight.type.shape[-1])  # type: ignore[arg-type]
+    if weight.type.dtype.is_sub_byte and depth % NIBBLES == 0:
+        return Layout("nibbles", block, group, weight.type.dtype is DType.I4)
+    return Layout("panels", block, group)
 
 
 def _panel_width(weight: Weight, machine: Machine) -> int:

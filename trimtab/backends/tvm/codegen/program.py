@@ -31,7 +31,7 @@ class Stage:
         combine: ``add``, ``mul``, ``max`` or ``min`` for reductions, else "".
         materialize: keep the result in a buffer instead of recomputing it in its readers.
         scaled: for a sum of products whose second factor is integers times the scales of their groups, both in panels,
-            the kind of data that micro-kernels multiply, e.g. ``f32*i4``; "" for everything else.
+            the kind of data, e.g. ``f32*i4``, or ``f32*u4-u8`` with the type of zero points; "" for everything else.
     """
 
     name: str

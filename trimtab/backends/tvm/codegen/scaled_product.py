@@ -1,22 +1,25 @@
 """Products of f32 with integers in groups that share a scale: weights of 4 and 8 bits.
 
-For few rows, reading the weights takes all the time, so micro-kernels widen them in registers, once for each tile of
-rows.  For many rows a panel is widened to f32 once, in scratch that fits a cache, and multiplied as any other.
+Where instructions multiply bytes fast enough, the weights lie in the order that they read, and the first factor is
+converted to digits of a byte before.  Elsewhere, for few rows, micro-kernels widen the weights in registers, once for
+each tile of rows.  For many rows a panel is widened to f32 once, in scratch that fits a cache, and multiplied as any
+other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.contraction import Contraction
-from trimtab.backends.tvm.codegen.expression import Expr, constant_factor, int_value, loads_of, rewrite
+from trimtab.backends.tvm.codegen.digit_product import DigitProduct
+from trimtab.backends.tvm.codegen.expression import Expr, constant_factor, int_value, rewrite
 from trimtab.backends.tvm.codegen.gemm import ContractionKernel
 from trimtab.backends.tvm.codegen.loops import Stmt, index, load
 from trimtab.backends.tvm.codegen.machine import Machine
 from trimtab.backends.tvm.codegen.register_tile import Tile, choose_tile
+from trimtab.backends.tvm.codegen.scaled_panels import ScaledPanels, scaled_panels
 from trimtab.backends.tvm.codegen.tile_product import TileProducts
 from trimtab.backends.tvm.microkernels import InstructionSet, microkernel
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
@@ -26,64 +29,34 @@ FEW_ROWS = 16
 """Up to so many rows, widening the weights for each tile of rows is faster than through scratch: measured."""
 
 
-@dataclass(frozen=True)
-class ScaledPanels:
-    """The second factor in memory.
-
-    Attributes:
-        weight: the load of an integer, of panels ``[panels, depth, columns]`` or, for 4 bits, of bytes
-            ``[panels, depth / 2, columns]``.
-        scales: the buffer of their scales, ``[panels, depth / group, columns]``.
-        columns: of a panel.
-        group: consecutive k that share a scale.
-    """
-
-    weight: Any
-    scales: Any
-    columns: int
-    group: int
-
-
 def scaled_product(contraction: Contraction, machine: Machine) -> Stmt:
     """Loops for a contraction whose stage says that its second factor is integers and scales in panels."""
-    panels = _panels_of(contraction)
-    rows, isa = ContractionKernel(contraction, machine).m.extent, _instruction_set(contraction, machine)
-    known, least = int_value(rows), constant_factor(rows)
-    few = _FewRows(contraction, machine, panels, isa) if isa is not None and least <= FEW_ROWS else None
-    if few is None or few.a_rows is None:
-        return _ManyRows(contraction, machine, panels).generate()
-    if known is not None:
+    panels = scaled_panels(contraction)
+    many = _ManyRows(contraction, machine, panels)
+    rows = many.m.extent
+    if many.a_rows is None:
+        return many.generate()
+    if panels.by_quads:
+        return DigitProduct(contraction, machine, panels).generate()
+    isa = next((isa for isa in machine.instruction_sets if panels.kind in isa.products), None)
+    if isa is None or panels.zeros is not None or constant_factor(rows) > FEW_ROWS:
+        return many.generate()
+    few = _FewRows(contraction, machine, panels, isa)
+    if int_value(rows) is not None:
         return few.generate()
-    return tirx.IfThenElse(
-        rows <= index(FEW_ROWS), few.generate(), _ManyRows(contraction, machine, panels).generate()
-    )
-
-
-def _panels_of(contraction: Contraction) -> ScaledPanels:
-    scale, weight = sorted(loads_of(contraction.b), key=lambda found: str(found.source.dtype) != "float32")
-    (_, depth), = contraction.k
-    groups, columns = (int(extent) for extent in scale.source.shape[1:])
-    return ScaledPanels(weight, scale.source, columns, int(depth) // groups)
-
-
-def _instruction_set(contraction: Contraction, machine: Machine) -> InstructionSet | None:
-    """The fastest instruction set with the product, for panels of its vectors."""
-    kind = contraction.stage.scaled
-    return next((isa for isa in machine.instruction_sets if kind in isa.products), None)
+    return tirx.IfThenElse(rows <= index(FEW_ROWS), few.generate(), many.generate())
 
 
 class _FewRows(ContractionKernel):
     """Reads the integers where they lie."""
 
-    def __init__(
-        self, contraction: Contraction, machine: Machine, panels: ScaledPanels, isa: InstructionSet
-    ) -> None:
+    def __init__(self, contraction: Contraction, machine: Machine, panels: ScaledPanels, isa: InstructionSet) -> None:
         self.stored, self.isa = panels, isa
         super().__init__(contraction, machine)
 
     def _choose_tile(self) -> Tile:
         columns, lanes = self.stored.columns, self.isa.lanes
-        highest = tallest(self.isa, self.c.stage.scaled, columns // lanes)
+        highest = tallest(self.isa, self.stored.kind, columns // lanes)
         height, known = highest.rows if highest else 1, int_value(self.m.extent)
         # Tiles of nearly equal height, as they all convert the weights again.
         return Tile(height if known is None else -(-known // -(-known // height)), columns, lanes)
@@ -92,7 +65,7 @@ class _FewRows(ContractionKernel):
         return True
 
     def _micro_kernels(self) -> TileProducts | None:
-        return _ScaledProducts(self.isa, self.c.stage.scaled, self.stored)
+        return _ScaledProducts(self.isa, self.stored)
 
     def b_at(self, batch: dict[Any, Expr], k: dict[Any, Expr], n: Expr) -> Expr:
         """The byte that holds the integer."""
@@ -114,8 +87,8 @@ class _ManyRows(ContractionKernel):
 class _ScaledProducts(TileProducts):
     """Micro-kernels for integers with scales."""
 
-    def __init__(self, isa: InstructionSet, kind: str, panels: ScaledPanels) -> None:
-        super().__init__(isa, kind)
+    def __init__(self, isa: InstructionSet, panels: ScaledPanels) -> None:
+        super().__init__(isa, panels.kind)
         self.panels = panels
 
     def call(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.backends.tvm.microkernels import amx
+from trimtab.backends.tvm.microkernels import amx, fixed_point
 from trimtab.backends.tvm.microkernels.isa import (
     AMX,
     AVX2,
@@ -30,6 +30,7 @@ from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
            "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "ROUNDED_TOGETHER", "RegisterTile",
+           "fixed_point_conversion", "fixed_point_kernel",
            "preferred_tiles", "rounding", "vector_rounding", "vector_rounding_name", "transposition"]  # fmt: skip
 
 UNROLL = 4
@@ -196,6 +197,27 @@ def transposition(isa: InstructionSet) -> tuple[str, str]:
     name = f"trimtab_transpose_{isa.lanes}"
     signature = f"i32 @{name}({TRANSPOSITION_PARAMETERS})"
     return name, _module(_width(isa), isa.features, [(signature, transposition_body(isa.lanes))], [])
+
+
+def fixed_point_conversion(isa: InstructionSet) -> tuple[str, str]:
+    """Name and LLVM module of a function that converts a row of f32 to digits (:mod:`.fixed_point`)."""
+    name = "trimtab_fixed_point_digits"
+    signature = f"i32 @{name}({fixed_point.CONVERSION_PARAMETERS})"
+    return name, _module(_width(isa), isa.features, [(signature, fixed_point.conversion_body())], [])
+
+
+def fixed_point_kernel(isa: InstructionSet, weights: str, rows: int, columns: int, zeros: str = "") -> tuple[str, str]:
+    """Name and LLVM module of the product of a tile with weights of 4 or 8 bits (:mod:`.fixed_point`).
+
+    Args:
+        isa: one with :func:`~.fixed_point.has_fixed_point`.
+        weights: ``i4``, ``u4``, ``s8`` or ``u8``.
+        zeros: type of the zero points, ``s8`` or ``u8``; empty for none.
+    """
+    name = f"trimtab_{isa.name}_fixed_{weights}_{zeros and zeros + '_'}{rows}x{columns}"
+    body = fixed_point.kernel_body(isa, fixed_point.INTEGERS[weights], rows, columns // isa.lanes, zeros)
+    features = tuple(dict.fromkeys((*isa.features, *isa.products["u8*s8"].features)))
+    return name, _module(_width(isa), features, [(f"i32 @{name}({fixed_point.PARAMETERS})", body)], [])
 
 
 def _width(isa: InstructionSet) -> str:

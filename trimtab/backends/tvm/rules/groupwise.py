@@ -10,11 +10,14 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.codegen.program import SCALED
+from trimtab.backends.tvm.layouts import Layout
 from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, cast, compute, i64, lowers
 from trimtab.ir import ops
 from trimtab.ir.dtypes import DType
 
 _KINDS = {DType.I4: "f32*i4", DType.U4: "f32*u4", DType.I8: "f32*s8", DType.U8: "f32*u8"}
+_ZEROS = {DType.I4: "s8", DType.U4: "u8", DType.I8: "s8", DType.U8: "u8"}
+"""Zero points as they are stored in panels."""
 
 
 def _check(op: Any) -> str:
@@ -25,11 +28,14 @@ def _check(op: Any) -> str:
 
 
 def _kind(weight: Operand, scale: Operand, zero: Operand | None) -> str:
-    """The kind of data that micro-kernels multiply, where the operands lie in panels for them; else the empty text."""
-    if zero is not None or scale.layout.kind != "panels" or scale.layout.block != weight.layout.block:
+    """The kind of data, where the operands lie in panels of one width; else the empty text."""
+    kind = _KINDS.get(weight.type.dtype, "")
+    if weight.layout.is_plain or scale.layout != Layout("panels", weight.layout.block):
         return ""
-    is_packed = weight.layout.kind == ("nibbles" if weight.type.dtype.is_sub_byte else "panels")
-    return _KINDS.get(weight.type.dtype, "") if is_packed else ""
+    if zero is None:
+        return kind
+    is_packed = zero.layout == scale.layout and zero.type.dtype in _ZEROS
+    return f"{kind}-{_ZEROS[zero.type.dtype]}" if is_packed else ""
 
 
 @lowers(ops.LinearGroupwise, check=_check, reads_sub_byte=("weight", "zero"))

@@ -126,11 +126,20 @@ class Operand:
         block, group = i64(self.layout.block), i64(self.layout.group)
         panel, within = tirx.floordiv(row, block), tirx.floormod(row, block)
         if self.layout.kind == "nibbles":
-            byte = tirx.Cast("int32", self(panel, tirx.floordiv(column, i64(NIBBLES)), within))
-            places = tirx.Cast("int32", tirx.floormod(column, i64(NIBBLES))) * tirx.const(4, "int32")
-            code = tirx.bitwise_and(tirx.shift_right(byte, places), tirx.const(15, "int32"))
+            half, column = tirx.floormod(tirx.floordiv(column, group), i64(NIBBLES)), (
+                tirx.floordiv(column, group * i64(NIBBLES)) * group + tirx.floormod(column, group)
+            )
+            byte = tirx.Cast("int32", self._in_panel(panel, within, column))
+            code = tirx.bitwise_and(
+                tirx.shift_right(byte, tirx.Cast("int32", half) * tirx.const(4, "int32")), tirx.const(15, "int32")
+            )
             eight = tirx.const(8, "int32")
             return tirx.bitwise_xor(code, eight) - eight if self.layout.signed else code
+        return self._in_panel(panel, within, column)
+
+    def _in_panel(self, panel: Expr, within: Expr, column: Expr) -> Expr:
+        """The stored element of a row of a panel."""
+        group = i64(self.layout.group)
         if self.layout.group == 1:
             return self(panel, column, within)
         return self(panel, tirx.floordiv(column, group), within, tirx.floormod(column, group))
