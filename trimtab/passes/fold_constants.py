@@ -44,8 +44,8 @@ class FoldConstants(Pass):
     become weights. A result may have any size if it replaces the weights it is computed from: nothing else reads them,
     and they are at least as large. It is then computed when its data is asked for. Any other result takes storage of
     its own, at most ``limit`` bytes. For all results computed from one weight that stays, this is the limit of their
-    sum, so that shared weights are never duplicated. A matrix that is widened from another floating type stays as it
-    is stored.
+    sum, so that shared weights are never duplicated. A matrix that is widened from another floating type, or
+    dequantized, stays as it is stored.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -74,7 +74,7 @@ class FoldConstants(Pass):
         """A new weight with the result of ``op``. ``copied`` counts the bytes computed from each weight that stays."""
         if not op.operands or not all(map(_is_constant, op.operands)) or not _is_static(op) or not is_deterministic(op):
             return None
-        if isinstance(op, ops.Cast) and _widens_matrix(op):
+        if isinstance(op, (ops.Cast, ops.Dequantize)) and _widens_matrix(op):
             return None
         type, size = op.result.type, op.result.type.bytes
         sources = {value.weight: module.weights[value.weight] for value in op.operands if value.is_weight}
@@ -126,10 +126,12 @@ def _is_constant(value: Value) -> bool:
     return isinstance(maker, _GENERATORS) and _is_static(maker) and isinstance(size, int) and size <= _EAGER_BYTES
 
 
-def _widens_matrix(op: ops.Cast) -> bool:
-    """Whether a weight is stored in a narrow type on purpose, as cast-precision does; vectors are not worth it."""
+def _widens_matrix(op: ops.Cast | ops.Dequantize) -> bool:
+    """Whether a weight is stored in a narrow type on purpose, as cast-precision and quantization do; vectors are not
+    worth it."""
     source = op.x.type
-    return op.x.is_weight and source.rank > 1 and source.dtype.is_floating and source.dtype.bits < op.dtype.bits
+    stored = source.dtype.is_floating or isinstance(op, ops.Dequantize)
+    return op.x.is_weight and source.rank > 1 and stored and source.dtype.bits < op.result.type.dtype.bits
 
 
 def _is_static(op: Op) -> bool:
@@ -138,7 +140,8 @@ def _is_static(op: Op) -> bool:
 
 def _never_fails(op: Op) -> bool:
     """Whether the op accepts all values of its operands' types, so that its evaluation may be put off."""
-    return (op.elementwise and op.result.type.dtype.is_floating) or isinstance(op, (*_MOVES, ops.Concat, ops.Pad))
+    always = (*_MOVES, ops.Concat, ops.Pad, ops.Quantize)
+    return (op.elementwise and op.result.type.dtype.is_floating) or isinstance(op, always)
 
 
 def _computation(op: Op, sources: Mapping[str, Weight]) -> Callable[[], torch.Tensor]:

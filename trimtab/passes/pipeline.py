@@ -62,11 +62,12 @@ _GROUPS = {
         rounds=8,
         summary="exact clean-up, repeated until nothing changes",
     ),
-    # Attention last: it is found between linear layers, once masks and shared heads have their simplest form.
+    # Quantized products first, as long as what dequantizes their operands stands before them. Attention last: it is
+    # found between linear layers, once masks and shared heads have their simplest form.
     "raise": _GroupDeclaration(
-        "simplify-expands,raise-linear,raise-activations,raise-gelu,raise-silu,raise-layer-norm,raise-rms-norm,"
-        "raise-group-norm,raise-rotary,simplify-indexing,unmerge-batch-axes,raise-attention,simplify-masks,"
-        "remove-repeat-kv,cleanup",
+        "raise-quantized,simplify-expands,raise-linear,raise-activations,raise-gelu,raise-silu,raise-layer-norm,"
+        "raise-rms-norm,raise-group-norm,raise-rotary,simplify-indexing,unmerge-batch-axes,raise-attention,"
+        "simplify-masks,remove-repeat-kv,cleanup",
         rounds=4,
         summary="whole layers from the pieces in which models and exporters write them",
     ),

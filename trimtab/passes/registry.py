@@ -42,6 +42,7 @@ _OWN: Mapping[str, str] = {
     "merge-tokens": "trimtab.passes.merge_tokens:MergeTokens",
     "merge-tokens-spectral": "trimtab.passes.merge_tokens_spectral:MergeTokensSpectral",
     "pack-linears": "trimtab.passes.pack_linears:PackLinears",
+    "palettize": "trimtab.passes.palettize:Palettize",
     "prune-tokens": "trimtab.passes.prune_tokens:PruneTokens",
     "prune-scan-tokens": "trimtab.passes.prune_scan_tokens:PruneScanTokens",
     "push-slices": "trimtab.passes.push_slices:PushSlices",

@@ -9,10 +9,12 @@ from typing import ClassVar
 from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Module, Value
+from trimtab.ir.dims import evaluate
 from trimtab.ir.op import Op
 from trimtab.ir.rewrite.constants import is_constant
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Exact
+from trimtab.passes.fusion_model import typical_sizes
 from trimtab.passes.local_rewrite import rewrite_each
 from trimtab.passes.permute_regions import Carriers, reduced_before, turn_where_better
 
@@ -33,10 +35,13 @@ class SinkPermutes(Pass):
     contract: ClassVar[Contract] = Exact(rounding=True)
 
     def run(self, module: Module, ctx: Context) -> Changed:
-        changed = False
-        # Each round leaves fewer bytes to permute, and may bring other permutes together.
+        changed, bytes = False, _permuted_bytes(module)
+        # Each round leaves fewer bytes to permute, and may bring other permutes together. Regions of different orders
+        # of axes can undo each other's work, so the first round that leaves no fewer is the last.
         while self._round(module, ctx):
-            changed = True
+            before, bytes, changed = bytes, _permuted_bytes(module), True
+            if bytes >= before:
+                break
         return changed
 
     def _round(self, module: Module, ctx: Context) -> bool:
@@ -47,6 +52,13 @@ class SinkPermutes(Pass):
                 readers = [reader for op in permutes for reader in op.result.users]
                 changed |= turn_where_better(module, graph, dims, readers, Carriers(), ctx, self.name)
         return changed
+
+
+def _permuted_bytes(module: Module) -> float:
+    """Bytes that the permutes of a module move, at typical sizes."""
+    moved = [op.result.type for op in module.walk() if isinstance(op, ops.Permute)]
+    sizes = typical_sizes({symbol for type in moved for symbol in type.symbols})
+    return float(sum(evaluate(type.bytes, sizes) for type in moved))
 
 
 def _read_before_permutes(op: Op, build: Builder) -> Value | None:
