@@ -2,7 +2,8 @@
 
 From the formulas of Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, arXiv
 2306.00978: with ``s = mean|X|^a``, a layer computes ``(X / s) (W s)^T``, where W s is rounded; a is searched for. The
-division is done by what makes X: a norm's weight, or the output channels of a linear layer.
+division is done by what makes X: a norm's weight, or the output channels of a linear layer. Where a residual reads the
+norm too, as in BERT, the linear layers get a norm of their own, which costs little beside them.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class Place:
         linears: all that reads these channels; each reads channel k at index k.
         maker: the norm, or the output channels of a linear layer, in which to divide: ``rows[k]`` is the one of k.
         rows: i64 ``[..., K]``; more than one where groups of output channels are read one after the other.
+        shared: whether other ops read the norm and are not to see the division.
     """
 
     linears: tuple[ops.Linear, ...]
     maker: ops.LayerNorm | ops.RmsNorm | ops.Linear
     rows: torch.Tensor
+    shared: bool = False
 
 
 def find_places(module: Module, layers: Sequence[Layer], log: RuleLog) -> list[Place]:
@@ -142,20 +145,33 @@ def _behind_norm(module: Module, norm: ops.LayerNorm | ops.RmsNorm, linear: ops.
     for value in (norm.weight, norm.bias if isinstance(norm, ops.LayerNorm) else None):
         if value is not None and not value.is_weight:
             return "the weight of the norm is computed"
-        if value is not None and sum(1 for _ in module.readers(value.weight)) > 1:
+        if value is not None and not _is_only_reader(module, value):
             return f"the weight @{value.weight} of the norm is shared"
-    match = Match(module, norm.graph, (norm.result,), (norm,), (), {})
-    sites = consumers(match, norm.result, norm.result.type.rank - 1, shifted=False)
-    if isinstance(sites, str):
-        return sites
     size = norm.result.type.shape[-1]
     assert isinstance(size, int)
     order = torch.arange(size)
+    match = Match(module, norm.graph, (norm.result,), (norm,), (), {})
+    sites = consumers(match, norm.result, norm.result.type.rank - 1, shifted=False)
+    if isinstance(sites, str):
+        return _beside_others(module, norm, linear, order) or sites
     linears = [site.op for site in sites if isinstance(site.op, ops.Linear)]
     in_order = all(torch.equal(site.channels.numbers().reshape(-1), order) for site in sites)
     if len(linears) != len(sites) or not in_order or linear not in linears:
         return "the channels of the norm are moved on their way"
     return Place(tuple(linears), norm, order)
+
+
+def _beside_others(
+    module: Module, norm: ops.LayerNorm | ops.RmsNorm, linear: ops.Linear, order: torch.Tensor
+) -> Place | None:
+    """The linear layers that read ``norm`` directly, among other readers of it."""
+    users = [user for user in norm.result.users if isinstance(user, ops.Linear) and user.x is norm.result]
+    linears = [user for user in users if user.weight.is_weight and _is_only_reader(module, user.weight)]
+    return Place(tuple(linears), norm, order, shared=True) if linear in linears else None
+
+
+def _is_only_reader(module: Module, value: Value) -> bool:
+    return sum(1 for _ in module.readers(value.weight)) == 1
 
 
 def _same_scale(value: Value, reader: Op) -> Iterator[tuple[Value, Op]]:
@@ -198,16 +214,24 @@ def _apply(module: Module, place: Place, scales: torch.Tensor, made_by: str) -> 
             _set(module, maker.bias, _double(module, maker.bias) / divisors)
         return
     bias = maker.bias if isinstance(maker, ops.LayerNorm) else None
-    if bias is not None:
-        _set(module, bias, _double(module, bias) / scales)
-    if maker.weight is not None:
-        _set(module, maker.weight, _double(module, maker.weight) / scales)
+    gain = None if maker.weight is None else _double(module, maker.weight)
+    if gain is not None and not place.shared:
+        _set(module, maker.weight, gain / scales)  # type: ignore[arg-type]
+        if bias is not None:
+            _set(module, bias, _double(module, bias) / scales)
         return
     assert maker.graph is not None
     build = Builder(module, maker.graph, before=maker, made_by=made_by)
-    gain = build.weight("norm.scale", (1 / scales).to(maker.x.type.dtype.to_torch()))
-    parts = {"x": maker.x, "weight": gain} | ({"bias": bias} if isinstance(maker, ops.LayerNorm) else {})
-    build.replace(maker, type(maker)(**parts, **maker.attributes))
+    dtype = maker.x.type.dtype.to_torch()
+    parts = {"x": maker.x, "weight": build.weight("norm.scaled", ((1 if gain is None else gain) / scales).to(dtype))}
+    if bias is not None:
+        parts["bias"] = build.weight("norm.scaled", (_double(module, bias) / scales).to(dtype))
+    divided = build(type(maker)(**parts, **maker.attributes))
+    for linear in place.linears if place.shared else ():
+        linear.set_operand(0, divided)
+    if not place.shared:
+        maker.result.replace_all_uses_with(divided)
+        maker.graph.ops.remove(maker)
 
 
 def _double(module: Module, value: Value) -> torch.Tensor:

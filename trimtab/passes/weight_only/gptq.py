@@ -22,11 +22,12 @@ def inverse_factor(moments: Moments) -> torch.Tensor:
     eye = torch.eye(len(products), dtype=products.dtype)
     if not mean:  # nothing ever came in: all weights count the same
         return eye
-    # In units of the mean, so that tiny inputs do not underflow. With the axes reversed, the factor of H itself is upper
-    # triangular, H = R R^T, and U is its inverse: H is never inverted.
+    # In units of the mean, so that tiny inputs do not underflow. With the axes reversed, the factor of H itself is
+    # upper triangular, H = R R^T, and U is its inverse: H is never inverted.
     damped = products / mean + _DAMPENING * eye
     upper: torch.Tensor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, eye, upper=True)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse
 
 
 def round_with_feedback(
