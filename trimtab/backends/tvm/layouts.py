@@ -33,8 +33,8 @@ class Layout:
     ``[ceil(N / block), K, block]`` with element (n, k) at ``[n // block, k, n % block]`` and zeros past row N; with a
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
-    quadruples read it.  ``kind="nibbles"``: panels of 4-bit integers, two of which are in a byte: those at an even index
-    of the second axis, k or k / group, in the low half, and those at the next one in the high half.  ``kind="taps"``:
+    quadruples read it.  ``kind="nibbles"``: panels of 4-bit integers, two of which are in a byte: those at an even
+    index of the second axis, k or k / group, in the low half, and those at the next one in the high half.  ``kind="taps"``:
     the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix ``[O, kh * kw * C]``, the channels of a
     tap together.
 

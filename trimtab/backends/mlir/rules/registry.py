@@ -22,10 +22,12 @@ class Rule:
     Attributes:
         function: makes tensors from ``(op, code, *operands)``.
         check: returns why this very op cannot be lowered, or "".
+        reads_sub_byte: names of operands that may be of sub-byte types, where they are weights.
     """
 
     function: RuleFunction
     check: Callable[[Any], str] = field(default=lambda op: "")
+    reads_sub_byte: tuple[str, ...] = ()
 
 
 _RULES: dict[type[Op], Rule] = {}

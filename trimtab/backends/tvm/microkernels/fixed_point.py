@@ -7,8 +7,8 @@ digits times weights are exact in 32 bits.  The error of x is at most 2^-23 of t
 the size of the rounding errors of a sum in f32.  A group with an infinity or NaN becomes NaN as a whole.
 
 This is block floating point, in which J. H. Wilkinson analysed the first computers ("Rounding Errors in Algebraic
-Processes", 1963), and one number as several digits for narrow multipliers, as in S. Markidis et al., "NVIDIA Tensor Core
-Programmability, Performance & Precision", 2018.
+Processes", 1963), and one number as several digits for narrow multipliers, as in S. Markidis et al., "NVIDIA Tensor
+Core Programmability, Performance & Precision", 2018.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ BLOCK = 16
 QUAD = 4
 SUM_WORDS = DIGITS + 1
 """Words that the conversion writes for a group: the sums of its digits, and its factor."""
-AHEAD_BYTES = 2048
+AHEAD_BYTES = 4096
+"""How far ahead of where it reads weights a kernel asks for lines, as long as memory takes: measured."""
 _LARGEST = "0x415E848000000000"  # 8,000,000: what is left of 24 bits when the digits below the first are rounded up
 _SMALLEST = "0x39B4484C00000000"  # about 1e-30: its quotient is finite
 _REGISTERS = 32
@@ -186,6 +187,8 @@ def kernel_body(isa: InstructionSet, integers: Integers, rows: int, vectors: int
     def group(values: list[str]) -> list[str]:
         place, b, sum_place, scales, zero, *totals = values
         negated = centres(zero) if zeros else []
+        for line in range(0, columns * 4, LINE_BYTES):
+            f.prefetch(f.offset(scales, AHEAD_BYTES // 4 + line), level=1)
         start: list[str] = []
         for r in range(rows):
             held = [f.load("i32", f.offset(f.offset(sum_rows[r], sum_place), 4 * digit), 4) for digit in range(DIGITS)]
