@@ -93,7 +93,9 @@ def _uneven(model: nn.Module) -> nn.Module:
 
 def relative_error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest distance of an output to the one expected, relative to the largest element."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(result, expected, strict=True))
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(result, expected, strict=True)
+    )
 
 
 def moved(before: Module, after: Module, *inputs: Tensor) -> float:

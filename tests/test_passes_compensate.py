@@ -167,6 +167,12 @@ def test_blocks_begin_and_end_with_the_residual() -> None:
     assert all(first.end is second.start for first, second in pairwise(blocks))
     assert isinstance(blocks[-1].end.producer, ops.Add)
     assert all(isinstance(user, ops.LayerNorm) for user in blocks[-1].end.users)
+    # Behind `push-slices` the last block computes the class token alone.
+    *_, whole, last = find_blocks(trimtab.optimize(vision_model(), "cleanup,fuse").module)
+    assert whole.end.type.shape[1] == 26
+    assert last.start.type.shape[1] == last.end.type.shape[1] == 1
+    assert isinstance(last.start.producer, ops.Slice)
+    assert last.start.producer.x is whole.end
     (post,) = find_blocks(trimtab.optimize(language_model(PostNorm), "cleanup,raise").module)
     assert isinstance(post.end.producer, ops.LayerNorm)
 

@@ -37,7 +37,7 @@ class ReparameterizeScales(Pass):
 
     - ``bits``: of the quantizer that follows.
     - ``clip``: search for the bounds. Numbers outside of them stay as they are, so the quantizer that follows has to
-      choose its own range by an error, too, and not by the largest number.
+      choose its own range by an error, too, and not by the largest number: ``quantize{observer=mse}``.
     """
 
     name: ClassVar[str] = "reparameterize-scales"

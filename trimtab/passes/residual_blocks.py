@@ -22,7 +22,8 @@ class Block:
     """One block.
 
     Attributes:
-        start: the residual ``[..., C]`` that its attention reads and is added to.
+        start: the residual ``[..., C]`` that its attention reads and is added to; in a last block that computes few
+            tokens, their rows.
         end: what the next block starts with, or the last residual sum, with the norm behind it in a post-norm model.
     """
 
@@ -48,7 +49,7 @@ def find_blocks(module: Module) -> list[Block]:
             fix="run the group `raise` first; leave the pass out for a model without residuals around attention",
             location=mixing[0].location if mixing else None,
         )
-    ends = [*starts[1:], _last(sums[-1][1])]
+    ends = [*map(_whole, starts[1:]), _last(sums[-1][1])]
     return [Block(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
@@ -69,9 +70,20 @@ def _residual_sum(mixing: Op) -> tuple[Value, Value] | None:
         behind.update(op.results)
         if isinstance(op, ops.Add) and not all(parts):
             residual = op.operands[parts.index(False)]
-            if residual in before and residual.type == op.result.type and isinstance(residual.type.shape[-1], int):
+            if (
+                _whole(residual) in before
+                and residual.type == op.result.type
+                and isinstance(residual.type.shape[-1], int)
+            ):
                 return residual, op.result
     return None
+
+
+def _whole(residual: Value) -> Value:
+    """The stream that ``residual`` has rows of."""
+    while isinstance(residual.producer, ops.Slice):
+        residual = residual.producer.x
+    return residual
 
 
 def _ancestors(op: Op) -> set[Value]:
