@@ -11,11 +11,10 @@ from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.dtypes import DType
-from trimtab.ir.types import TensorType
-from trimtab.ir.weights import TorchSource, Weight
+from trimtab.ir.weights import Weight
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Lossy
-from trimtab.passes.weight_only.codebooks import Palette, find_codebook, nearest, reselect
+from trimtab.passes.weight_only.codebooks import Palette, find_codebook, nearest, pack, reselect, together
 from trimtab.passes.weight_only.layers import Layer, find_layers
 from trimtab.passes.weight_only.moments import Moments, in_order
 from trimtab.passes.weight_only.report import Tally
@@ -31,8 +30,9 @@ class Palettize(Pass):
     """Store the weights of linear layers as indices into a codebook for each, found by k-means.
 
     A weight ``[N, K]`` is cut along K into vectors of ``dim`` elements, and each becomes the index, of ``bits`` bits,
-    of one of ``2^bits`` codebook entries. Indices of up to 4 bits are stored two in a byte, others in one. The graph
-    looks the entries up where the weight is read, so that any backend can run it.
+    of one of ``2^bits`` codebook entries. As many indices as fit into a byte are stored in one, and looked up together,
+    in a table of all sequences of so many entries. The graph looks them up where the weight is read, so that any
+    backend can run it.
 
     With calibration data, each vector chooses again among the ``candidates`` entries nearest to it, layer by layer, so
     that the layer's result errs least, and the codebook follows, after VQ4DiT (Deng et al., arXiv 2408.17131) but
@@ -55,11 +55,6 @@ class Palettize(Pass):
                 rule=f"an index has 1 to {_MOST_BITS} bits, a vector at least one element and one candidate",
                 fix="for example bits=4 and dim=1, or bits=8 and dim=4",
             )
-
-    @property
-    def stored(self) -> DType:
-        """The type of stored indices."""
-        return DType.U4 if self.bits <= 4 else DType.U8
 
     def run(self, module: Module, ctx: Context) -> Changed:
         log = ctx.rewrites.of(self.name)
@@ -89,11 +84,10 @@ class Palettize(Pass):
         assert isinstance(columns, int)
         if columns % self.dim:
             return f"the {columns} input channels of @{weight.id} are no multiple of {self.dim}, the size of a vector"
-        codebook = 4 * self.dim << self.bits
-        indices = TensorType(self.stored, (rows, columns // self.dim)).bytes
-        assert isinstance(indices, int)
-        if indices + codebook >= weight.nbytes:
-            return f"indices and codebook of @{weight.id} would take {indices + codebook} bytes, not less than itself"
+        size = together(columns // self.dim, self.bits)
+        stored = rows * columns // (self.dim * size) + (4 * self.dim * size << self.bits * size)
+        if stored >= weight.nbytes:
+            return f"indices and table of @{weight.id} would take {stored} bytes, not less than the {weight.nbytes} now"
         return ""
 
     def _palette(self, data: torch.Tensor, moments: Moments | None, generator: torch.Generator) -> Palette:
@@ -108,12 +102,9 @@ class Palettize(Pass):
     def _replace(self, module: Module, layer: Layer, palette: Palette) -> Sequence[Weight]:
         """Let the linear layers read what the codebook says; returns the new weights."""
         id = layer.weight.id
-        codebook = module.add_weight(
-            Weight.from_tensor(module.fresh_weight_id(f"{id}.codebook"), palette.codebook.float())
-        )
-        type = TensorType(self.stored, tuple(palette.indices.shape))
-        source = TorchSource(palette.indices.to(self.stored.to_torch()))
-        indices = module.add_weight(Weight(module.fresh_weight_id(f"{id}.indices"), type, source))
+        table, packed = pack(palette, self.bits)
+        codebook = module.add_weight(Weight.from_tensor(module.fresh_weight_id(f"{id}.codebook"), table.float()))
+        indices = module.add_weight(Weight.from_tensor(module.fresh_weight_id(f"{id}.indices"), packed))
         rebuilt: dict[Graph, Value] = {}
         for linear in layer.linears:
             graph = linear.graph

@@ -98,6 +98,25 @@ def reselect(weight: torch.Tensor, palette: Palette, moments: Moments, candidate
     return best
 
 
+def together(count: int, bits: int) -> int:
+    """How many of ``count`` indices, of ``bits`` bits, are stored in a byte: the most that divide ``count``."""
+    return next(size for size in (8, 4, 2, 1) if size * bits <= 8 and count % size == 0)
+
+
+def pack(palette: Palette, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table f64 ``[2^(bits s), s dim]`` and indices u8 ``[N, K / (s dim)]`` into it that give the same weight.
+
+    s is that of :func:`together`; of the indices in a byte the first has the lowest bits.
+    """
+    entries, dim = palette.codebook.shape
+    size = together(palette.indices.shape[1], bits)
+    shifts = bits * torch.arange(size)
+    numbers = torch.arange(1 << bits * size)[:, None] >> shifts & (1 << bits) - 1
+    table = palette.codebook[numbers.clamp(max=entries - 1)].reshape(-1, size * dim)
+    packed = (palette.indices.unflatten(1, (-1, size)) << shifts).sum(-1)
+    return table, packed.to(torch.uint8)
+
+
 def _sweep(weight: torch.Tensor, palette: Palette, products: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
     """Indices after each vector took the best of those ``offered`` i64 ``[N, K / dim, candidates]``, in order of K."""
     codebook, indices = palette.codebook, palette.indices.clone()
