@@ -48,7 +48,8 @@ def optimize(
         module: the module to optimize.
         pipeline: passes and groups, for example ``cleanup,fuse,quantize{bits=8}``.
         calibration: batches of real inputs: an array per input, in order or by name. They serve the passes that need
-            data, and contracts are checked on them instead of on random inputs.
+            data, and contracts are checked on the first ones instead of on random inputs. Anything that can be iterated
+            more than once is drawn anew for each use and not kept; of an iterator all that is drawn is kept.
         metric: scores a module, higher is better; reported around every pass that is not exact.
         expect: how many ops of a kind the result must have, for example ``{"attention": 12}``.
         observers: told about every pass; see :mod:`trimtab.passes.observers`.
