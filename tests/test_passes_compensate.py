@@ -196,3 +196,26 @@ def test_constant_inputs_are_repaired_by_a_bias() -> None:
     weight, bias = sums.solve(1e-3)
     assert not weight.any()
     torch.testing.assert_close(bias, torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+
+def test_the_reference_is_the_module_before_the_first_lossy_pass() -> None:
+    """Exact passes and further lossy ones do not move it, and the caller's context is left as it was."""
+    seen: list[Module | None] = []
+
+    @dataclass(frozen=True)
+    class Look(Pass):
+        name: ClassVar[str] = "look"
+        contract: ClassVar[Contract] = Lossy()
+
+        def run(self, module: Module, ctx: Context) -> Changed:
+            seen.append(ctx.reference)
+            return False
+
+    original = trimtab.optimize(vision_model(), "cleanup,fuse").module
+    ctx = Context(tuple(vision_batches(0, 1)))
+    passes = [Look(), RoundWeights(), Look(), load_pass("dce")(), RoundWeights(bits=3), Look()]
+    PassManager(passes, check="never").run(original, ctx)
+    assert seen[0] is None
+    assert seen[1] is seen[2]
+    assert seen[1] == original
+    assert ctx.reference is None
