@@ -172,7 +172,7 @@ def test_the_graph_computes_with_the_codebook(bits: int, dim: int, size: int, ca
 
 
 def test_constant_folding_does_not_undo_it() -> None:
-    module = read(MLP)
+    module = read(MLP.replace("[32,", "[64,").replace("32]", "64]").replace("48", "96"))
     result, _ = PassManager(f"{NAME},cleanup,fuse").run(module)
     assert sum(isinstance(op, ops.Embedding) for op in result.walk()) == 2
     assert result.weight_bytes == run(module)[0].weight_bytes
