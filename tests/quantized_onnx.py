@@ -1,7 +1,7 @@
 """A transformer encoder in ONNX, quantized by ONNX Runtime, and the values inside of it.
 
-    static = quantized_statically(encoder(seed=1), per_channel=True)
-    values = run(static, inputs, every_integer(static))
+static = quantized_statically(encoder(seed=1), per_channel=True)
+values = run(static, inputs, every_integer(static))
 """
 
 from __future__ import annotations
@@ -144,12 +144,12 @@ def integers_of(model: onnx.ModelProto) -> list[tuple[str, str, str]]:
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of ``model`` that gives these values too; inputs among them are left out."""
+    """A copy of ``model`` that gives these values too; inputs and initializers among them are left out."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     inferred = onnx.shape_inference.infer_shapes(model)
     types = {info.name: info for info in [*inferred.graph.value_info, *model.graph.output]}
-    known = {info.name for info in [*model.graph.input, *model.graph.output]}
+    known = {info.name for info in [*model.graph.input, *model.graph.output, *model.graph.initializer]}
     copy.graph.output.extend(types[name] for name in dict.fromkeys(names) if name not in known)
     return copy
 

@@ -91,7 +91,9 @@ def test_linear(dtype: torch.dtype, zero: str, count: str, seed: int) -> None:
     module = read(text, **weights)
     after, rows = rewritten(module, "raise-quantized")
     counts = count_ops(after)
-    assert rows[0].changed and counts["linear_integer"] == 1 and "linear" not in counts
+    assert rows[0].changed
+    assert counts["linear_integer"] == 1
+    assert "linear" not in counts
     # Row sums of x are for weights whose zero point is not the middle of their range.
     assert ("sum" in counts) == (zero == "any" or (zero == "none" and dtype is torch.uint8))
     x = bytes_of(3, 5, 13, seed=seed + 7, dtype=torch.uint8)
@@ -119,7 +121,8 @@ def test_product_of_activations(length: int) -> None:
     module = read(ATTENTION)
     after, _ = rewritten(module, "raise-quantized")
     counts = count_ops(after)
-    assert counts["matmul_integer"] == 1 and counts["matmul"] == 1  # the second one multiplies by what is no integer
+    assert counts["matmul_integer"] == 1
+    assert counts["matmul"] == 1  # the second one multiplies by what is no integer
     shape = (2, 3, length, 16)
     inputs = [bytes_of(*shape, seed=1, dtype=torch.uint8), bytes_of(*shape, seed=2), scales(seed=3), scales(seed=4)]
     assert_agrees(module, after, [*inputs, torch.tensor(200, dtype=torch.uint8), torch.tensor(-77, dtype=torch.int8)])
@@ -131,14 +134,16 @@ def test_convolution(dtype: torch.dtype) -> None:
     text = CONVOLUTION.format(type="i8" if dtype is torch.int8 else "u8", zero=0 if dtype is torch.int8 else 128)
     module = read(text, w=bytes_of(6, 2, 3, 3, seed=1, dtype=dtype), sw=scales(6, 1, 1, seed=2))
     after, _ = rewritten(module, "raise-quantized")
-    assert count_ops(after)["conv_integer"] == 1 and "conv2d" not in count_ops(after)
+    assert count_ops(after)["conv_integer"] == 1
+    assert "conv2d" not in count_ops(after)
     x = bytes_of(2, 4, 7, 5, seed=3, dtype=torch.uint8)
     assert_agrees(module, after, [x, scales(1, seed=4), torch.tensor([131], dtype=torch.uint8)])
 
 
 def _reasons(module: Module) -> str:
     after, rows = rewritten(module, "raise-quantized")
-    assert not rows[0].changed and str(after) == str(module)
+    assert not rows[0].changed
+    assert str(after) == str(module)
     return " ".join(reason for rule in rows[0].rules for reason in rule["rejected"])
 
 

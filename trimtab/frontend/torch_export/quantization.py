@@ -62,8 +62,8 @@ def quantize_per_token(
 
 def _rounded(call: Call, x: Value, zero: Value | int | None, low: int, high: int, dtype: torch.dtype) -> Value:
     """``clamp(round(x) + zero, low, high)`` as ``dtype``, in the precision of x."""
-    wanted = DType.from_torch(dtype)
-    if wanted not in _TYPES:
+    wanted = next((found for found in _TYPES if found.to_torch() == dtype), None)
+    if wanted is None:
         raise Refusal(f"quantized numbers of type {dtype}")
     if isinstance(zero, int):
         zero = None if zero == 0 else call.operand(zero, DType.I32)
