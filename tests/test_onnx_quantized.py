@@ -23,7 +23,7 @@ AT_TIES = 1e-4
 """The share of integers that may differ from ONNX Runtime's because a value lies at a tie: ONNX Runtime multiplies
 floats and rounds every sum, and the sums here are exact."""
 BEHIND = 0.1
-"""The share that may differ behind the first such integer, which moves every value that is computed from it a little."""
+"""The share that may differ behind the first such integer, which moves a little all that is computed from it."""
 TIE = 1e-5
 """How far from a tie, relative to the number of steps, the first integers that differ may be."""
 
