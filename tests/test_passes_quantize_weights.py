@@ -611,11 +611,13 @@ def minilm() -> tuple[Module, list[tuple[torch.Tensor, ...]], tuple[torch.Tensor
     return traced_embedding(), data, (ids[48:], mask[48:])
 
 
+# Floors a little below what each was measured to give; the calibration of 48 sentences keeps the test short.
 MINILM = {
-    "round": ("bits=8", 0.9999),
-    "round, symmetric=false": ("method=round, symmetric=false", 0.97),
-    "awq": ("method=awq, symmetric=false, clip=true", 0.97),
-    "gptq": ("method=gptq, symmetric=false, clip=true", 0.99),
+    "eight bits": ("bits=8", 0.9995),
+    "round": ("method=round", 0.95),
+    "round with zero points": ("method=round, symmetric=false", 0.97),
+    "awq": ("method=awq", 0.95),
+    "gptq": ("method=gptq, symmetric=false", 0.985),
 }
 
 
