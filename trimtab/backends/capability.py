@@ -125,7 +125,8 @@ def _sub_byte_values(op: Op, rule: Rule | None, passed_on: Set[Value]) -> Iterat
     elif isinstance(op, ops.Fused):
         readable = op.operands
     elif rule is not None and rule.reads_sub_byte:
-        readable = [value for field, value in op.arguments() if field.name in rule.reads_sub_byte]
+        held = [value for field, value in op.arguments() if field.name in rule.reads_sub_byte]
+        readable = [value for value in held if isinstance(value, Value)]
     for value in op.operands:
         if value.type.dtype.is_sub_byte and not (value in readable and (value.is_weight or value in passed_on)):
             yield value

@@ -147,12 +147,14 @@ class _ModuleEmitter:
         if layout.is_plain:
             return _relax_type(value.type, scope)
         shape = layout.stored_shape(tuple(int(d) for d in value.type.shape))  # type: ignore[arg-type]
-        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(layout.stored_dtype(value.type.dtype)))
+        dtype = tvm_dtype(layout.stored_dtype(value.type.dtype))
+        return relax.TensorType([tirx.const(d, "int64") for d in shape], dtype)
 
     def _weight_type(self, id: str) -> Any:
         weight, layout = self.module.weights[id], self.layouts[id]
         shape = layout.stored_shape(tuple(int(d) for d in weight.type.shape))  # type: ignore[arg-type]
-        return relax.TensorType([tirx.const(d, "int64") for d in shape], tvm_dtype(layout.stored_dtype(weight.type.dtype)))
+        dtype = tvm_dtype(layout.stored_dtype(weight.type.dtype))
+        return relax.TensorType([tirx.const(d, "int64") for d in shape], dtype)
 
 
 class _GraphEmitter:

@@ -34,9 +34,9 @@ class Layout:
     ``group`` of more than 1, which divides K, as ``[ceil(N / block), K / group, block, group]`` with element (n, k) at
     ``[n // block, k // group, n % block, k % group]``, the order in which instructions that sum products of pairs or
     quadruples read it.  ``kind="nibbles"``: panels of 4-bit integers, two of which are in a byte: those at an even
-    index of the second axis, k or k / group, in the low half, and those at the next one in the high half.  ``kind="taps"``:
-    the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix ``[O, kh * kw * C]``, the channels of a
-    tap together.
+    index of the second axis, k or k / group, in the low half, and those at the next one in the high half.
+    ``kind="taps"``: the weight ``[O, C, kh, kw]`` of a convolution as the panels of the matrix ``[O, kh * kw * C]``,
+    the channels of a tap together.
 
     Attributes:
         signed: of nibbles, whether they are of the signed type.
@@ -125,6 +125,7 @@ def _halves(bytes: torch.Tensor, signed: bool) -> torch.Tensor:
 
     codes = torch.stack((bytes & 15, bytes >> 4), dim=-3).flatten(-4, -3)
     return ((codes ^ 8).to(torch.int8) - 8) if signed else codes
+
 
 _PRODUCTS = (ops.Linear, ops.LinearInteger, ops.Conv2d, ops.ConvInteger)
 _NARROW = {(DType.BF16, DType.BF16): "bf16", (DType.U8, DType.I8): "u8*s8", (DType.I8, DType.I8): "s8*s8"}
@@ -296,9 +297,9 @@ def _narrow_product(weight: Weight, readers: Iterable[Use], machine: Machine, de
 
 def _scaled_panels(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
     """Panels of one width for the integers of a layer, their scales and their zero points."""
-    layers: list[Any] = [use.user for use in readers]
+    layers = [use.user for use in readers if isinstance(use.user, ops.LinearGroupwise)]
     block = GROUP_VECTORS * machine.lanes("float32")
-    if not all(use.user.operands[use.index] is layer.weight for use, layer in zip(readers, layers, strict=True)):
+    if not all(layer.operands[use.index] is layer.weight for use, layer in zip(readers, layers, strict=True)):
         return Layout("panels", block)
     by_digits = any(map(has_fixed_point, machine.instruction_sets)) and all(
         layer.group % BLOCK == 0 and layer.group <= _LONGEST_GROUP for layer in layers

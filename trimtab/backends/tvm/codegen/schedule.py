@@ -109,7 +109,9 @@ def _places(indices: Sequence[Expr], reader: Stage, product: Stage) -> list[Any]
 
 def _generate(program: Program, segment: Segment, segments: Sequence[Segment], machine: Machine) -> Stmt:
     if isinstance(segment, Contraction):
-        return scaled_product(segment, machine) if segment.stage.scaled else ContractionKernel(segment, machine).generate()
+        if segment.stage.scaled:
+            return scaled_product(segment, machine)
+        return ContractionKernel(segment, machine).generate()
     if isinstance(segment, Window):
         return window_kernel(segment, machine).generate()
     local = [b for b in program.temporaries if _is_local(program, b, [segment])]

@@ -10,13 +10,14 @@ from typing import Any
 from tvm import te, tirx
 
 from trimtab.backends.tvm.codegen.program import SCALED
-from trimtab.backends.tvm.layouts import Layout
+from trimtab.backends.tvm.layouts import NIBBLES, Layout
 from trimtab.backends.tvm.rules.registry import Expr, Operand, Scope, cast, compute, i64, lowers
 from trimtab.ir import ops
 from trimtab.ir.dtypes import DType
 
-_KINDS = {DType.I4: "f32*i4", DType.U4: "f32*u4", DType.I8: "f32*s8", DType.U8: "f32*u8"}
-_ZEROS = {DType.I4: "s8", DType.U4: "u8", DType.I8: "s8", DType.U8: "u8"}
+_KINDS = {DType.I4: "f32*i4", DType.U4: "f32*u4"}
+_BYTES = {DType.I4: "f32*s8", DType.U4: "f32*u8", DType.I8: "f32*s8", DType.U8: "f32*u8"}
+_ZEROS = {dtype: kind.partition("*")[2] for dtype, kind in _BYTES.items()}
 """Zero points as they are stored in panels."""
 
 
@@ -27,11 +28,12 @@ def _check(op: Any) -> str:
     return ""
 
 
-def _kind(weight: Operand, scale: Operand, zero: Operand | None) -> str:
+def _kind(weight: Operand, scale: Operand, zero: Operand | None, group: int) -> str:
     """The kind of data, where the operands lie in panels of one width; else the empty text."""
-    kind = _KINDS.get(weight.type.dtype, "")
-    if weight.layout.is_plain or scale.layout != Layout("panels", weight.layout.block):
+    pairs = weight.layout.kind == "nibbles"
+    if weight.layout.is_plain or scale.layout != Layout("panels", weight.layout.block) or (pairs and group % NIBBLES):
         return ""
+    kind = (_KINDS if pairs else _BYTES)[weight.type.dtype]
     if zero is None:
         return kind
     is_packed = zero.layout == scale.layout and zero.type.dtype in _ZEROS
@@ -57,7 +59,7 @@ def _groupwise(
         return te.sum(x(*rows, k.var) * widened(column, k.var), axis=k)
 
     shape = scope.shape(op.result.type.shape)
-    kind = _kind(weight, scale, zero)
+    kind = _kind(weight, scale, zero, op.group)
     product = te.compute(tuple(shape), term, name="linear", attrs={SCALED: kind} if kind else None)
     if bias is None:
         return product

@@ -126,9 +126,8 @@ class Operand:
         block, group = i64(self.layout.block), i64(self.layout.group)
         panel, within = tirx.floordiv(row, block), tirx.floormod(row, block)
         if self.layout.kind == "nibbles":
-            half, column = tirx.floormod(tirx.floordiv(column, group), i64(NIBBLES)), (
-                tirx.floordiv(column, group * i64(NIBBLES)) * group + tirx.floormod(column, group)
-            )
+            half = tirx.floormod(tirx.floordiv(column, group), i64(NIBBLES))
+            column = tirx.floordiv(column, group * i64(NIBBLES)) * group + tirx.floormod(column, group)
             byte = tirx.Cast("int32", self._in_panel(panel, within, column))
             code = tirx.bitwise_and(
                 tirx.shift_right(byte, tirx.Cast("int32", half) * tirx.const(4, "int32")), tirx.const(15, "int32")
