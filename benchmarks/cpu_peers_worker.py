@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from cpu_peers_job import Job, write_job
 from cpu_peers_systems import SYSTEMS, Call, System
-from measuring import as_arrays, largest_error, time_calls
+from measuring import as_arrays, largest_error, relative_distance, time_calls
 
 LONGEST_REASON = 400
 
@@ -40,7 +40,7 @@ class Worker:
 
     Attributes:
         report: what the worker says about the preparation: ``compile_seconds``, ``peak_bytes``,
-            ``error`` and ``note``.
+            ``error``, ``distance`` and ``note``.
 
     Raises:
         WorkerError: the system failed, died, or took longer than ``limit`` seconds.
@@ -116,8 +116,17 @@ def prepare(job: Job, system: System) -> tuple[Call, dict[str, Any]]:
     start = time.perf_counter()
     call = system.compile(model, job)
     seconds, peak = time.perf_counter() - start, peak_memory_bytes()
-    error = largest_error(as_arrays(call()), job.expected)
-    return call, {"compile_seconds": seconds, "peak_bytes": peak, "error": error, "note": system.note}
+    found = as_arrays(call())
+    error, distance = largest_error(found, job.expected), relative_distance(found, job.expected)
+    report = {"compile_seconds": seconds, "peak_bytes": peak, "error": error, "distance": distance}
+    return call, {**report, "note": system.note}
+
+
+def find_system(label: str) -> System:
+    """The contender of one of the benchmarks with that label."""
+    from quantization_systems import SYSTEMS as QUANTIZED
+
+    return next(system for system in (*SYSTEMS, *QUANTIZED) if system.label == label)
 
 
 def main() -> int:
@@ -141,7 +150,7 @@ def main() -> int:
             write_job(job)
             answer({})
             return 0
-        call, report = prepare(job, next(system for system in SYSTEMS if system.label == args.system))
+        call, report = prepare(job, find_system(args.system))
     except Exception as failure:  # whatever a system raises is the reason that its row is missing
         answer({"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:LONGEST_REASON]})
         return 1

@@ -64,10 +64,29 @@ def largest_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -
     Raises:
         ValueError: other shapes, or not a number.
     """
-    shapes = [array.shape for array in found], [array.shape for array in expected]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"outputs of shapes {shapes[0]}, expected {shapes[1]}")
+    _check_shapes(found, expected)
     errors = [np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(found, expected, strict=True)]
     if not np.isfinite(errors).all():
         raise ValueError("outputs contain values that are not finite")
     return float(max(errors))
+
+
+def relative_distance(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """The length of the difference relative to that of ``expected`` (L2); the worst of all tensors.
+
+    Raises:
+        ValueError: other shapes, or not a number.
+    """
+    _check_shapes(found, expected)
+    worst = max(
+        float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in zip(found, expected, strict=True)
+    )
+    if not np.isfinite(worst):
+        raise ValueError("outputs contain values that are not finite")
+    return worst
+
+
+def _check_shapes(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+    shapes = [array.shape for array in found], [array.shape for array in expected]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"outputs of shapes {shapes[0]}, expected {shapes[1]}")

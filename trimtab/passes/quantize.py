@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from trimtab.errors import PassError, UsageError
-from trimtab.ir.core import Module
+from trimtab.ir.core import Module, Value
 from trimtab.ir.rewrite.log import RuleLog
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Lossy
@@ -15,11 +16,12 @@ from trimtab.passes.drop import Drop
 from trimtab.passes.quantization.bits import FLOAT, Bits, fewest_changes
 from trimtab.passes.quantization.integer_layers import IntegerLayers
 from trimtab.passes.quantization.layer_facts import layer_facts
-from trimtab.passes.quantization.observers import make_observer
+from trimtab.passes.quantization.observers import Observer, make_observer
 from trimtab.passes.quantization.residual import round_residuals
 from trimtab.passes.quantization.scales import Affine, Integers
 from trimtab.passes.quantization.sites import Site, find_sites
 from trimtab.passes.quantization.statistics import observe
+from trimtab.passes.quantization.statistics_file import load_statistics, save_statistics
 
 Inputs = dict[tuple[int, int], "Affine | Integers"]
 """How inputs become integers, by the number of the site and the bits."""
@@ -43,6 +45,9 @@ class Quantize(Pass):
     that of the metric, or on calibration data of the outputs' relative distance; with ``fallback=false`` the pass
     refuses instead and says which layers these would be. ``residual=true`` rounds the residual stream as well, which
     ruins transformers: it is there to show that.
+
+    ``statistics`` names a file that keeps what was seen of the calibration data: it is written where there is none, and
+    read, instead of the data, where there is one of the same module and observer.
     """
 
     name: ClassVar[str] = "quantize"
@@ -56,6 +61,7 @@ class Quantize(Pass):
     max_drop: float = 0.0
     fallback: bool = True
     residual: bool = False
+    statistics: str = ""
 
     def run(self, module: Module, ctx: Context) -> Changed:
         self._check(ctx)
@@ -82,7 +88,8 @@ class Quantize(Pass):
             value = getattr(self, option)
             if not (2 <= value <= 8 or (option == "input_bits" and value == 0)):
                 raise UsageError(f"quantize takes from 2 to 8 {option}", values={option: value})
-        if self.inputs == "tensor" and not ctx.calibration:
+        known = self.statistics and Path(self.statistics).exists()
+        if self.inputs == "tensor" and not known and not ctx.calibration:
             raise UsageError(
                 "quantize has no data to find the ranges of inputs from",
                 values={"inputs": self.inputs, "calibration batches": 0},
@@ -96,17 +103,29 @@ class Quantize(Pass):
 
     def _inputs(self, module: Module, sites: Sequence[Site], ctx: Context) -> Inputs:
         """How the input of each site becomes integers, with the bits it is to have and with 8."""
-        found: Inputs = {}
-        for bits in sorted({8, *(self._bits(site).inputs for site in sites)}):
-            its = {n: site.x for n, site in enumerate(sites) if bits in (8, self._bits(site).inputs)}
-            if self.inputs == "row":
-                found |= {(n, bits): Integers.symmetric(bits) for n in its}
-                continue
-            watched = {x: make_observer(self.observer, bits=bits) for x in its.values()}
-            observe(module, watched, ctx.calibration, what=self.name)
-            hows = {x: Affine.of_range(*seen.range(), Integers.affine(bits)) for x, seen in watched.items()}
-            found |= {(n, bits): hows[x] for n, x in its.items()}
-        return found
+        wanted = [(n, bits) for n, site in enumerate(sites) for bits in sorted({8, self._bits(site).inputs})]
+        if self.inputs == "row":
+            return {(n, bits): Integers.symmetric(bits) for n, bits in wanted}
+        seen = self._statistics(module, dict.fromkeys(site.x for site in sites), ctx)
+        how: dict[tuple[Value, int], Affine] = {}
+        for n, bits in wanted:
+            x = sites[n].x
+            if (x, bits) not in how:
+                observer = make_observer(self.observer, bits=bits)
+                observer.load(seen[x].state())
+                how[x, bits] = Affine.of_range(*observer.range(), Integers.affine(bits))
+        return {(n, bits): how[sites[n].x, bits] for n, bits in wanted}
+
+    def _statistics(self, module: Module, values: Iterable[Value], ctx: Context) -> Mapping[Value, Observer]:
+        """What observers saw of ``values``: in the file of an earlier run, or on the calibration data."""
+        path = Path(self.statistics)
+        if self.statistics and path.exists():
+            return load_statistics(path, module)
+        watched = {value: make_observer(self.observer) for value in values}
+        observe(module, watched, ctx.calibration, what=self.name)
+        if self.statistics:
+            save_statistics(path, module, watched)
+        return watched
 
     def _rewrite(self, module: Module, chosen: Sequence[Bits], inputs: Inputs) -> Module:
         """Replace the sites of ``module``, which have ``chosen`` bits in their order."""

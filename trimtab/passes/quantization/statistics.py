@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.errors import CalibrationError, InputError, UsageError
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.interpreter import interpret
 from trimtab.ir.op import Op
 from trimtab.ir.printer import describe_op, describe_value
-from trimtab.passes.quantization.observers import Observer
 
 if TYPE_CHECKING:
     import torch
 
 
+class Watcher(Protocol):
+    """What is given values as they are computed, such as an observer of ranges."""
+
+    def update(self, tensor: torch.Tensor) -> object:
+        """Take in a tensor, which must not be changed or kept."""
+        ...
+
+
 def observe(
     module: Module,
-    watched: Mapping[Value, Observer],
+    watched: Mapping[Value, Watcher],
     batches: Iterable[Sequence[Any] | Mapping[str, Any]],
     *,
     what: str = "",
@@ -54,7 +61,7 @@ def observe(
 class _Watch:
     """Passes what an evaluation computes on to the observers."""
 
-    def __init__(self, module: Module, watched: Mapping[Value, Observer], what: str) -> None:
+    def __init__(self, module: Module, watched: Mapping[Value, Watcher], what: str) -> None:
         self._module = module
         self._watched = watched
         self._what = what
