@@ -89,7 +89,7 @@ def test_zeros_and_denormals(scale: float) -> None:
 def test_selection_by_results_errs_less(dim: int, entries: int) -> None:
     weight, x = random(24, 32).double(), outliers(200, 32)
     moments = Moments(32)
-    moments.add(x)
+    moments.update(x)
     vectors = weight.reshape(-1, dim)
     codebook = find_codebook(vectors, entries, generator())
     before = Palette(codebook, nearest(vectors, codebook).reshape(24, -1))
@@ -109,7 +109,7 @@ def test_selection_by_results_errs_less(dim: int, entries: int) -> None:
 def test_sweeps_end_where_no_vector_alone_can_do_better(dim: int) -> None:
     weight, x, codebook = random(3, 8).double(), outliers(40, 8), random(5, dim, seed=dim).double()
     moments = Moments(8)
-    moments.add(x)
+    moments.update(x)
     palette = Palette(codebook, nearest(weight.reshape(-1, dim), codebook).reshape(3, -1))
     offered = torch.arange(5).expand(*palette.indices.shape, 5)
 

@@ -118,7 +118,7 @@ def test_there_are_twenty_ratios() -> None:
 def test_clipping_by_results_is_better_for_results_and_worse_for_weights(symmetric: bool) -> None:
     grid, weight, x = Grid(3, 16, symmetric), random(20, 48).double() ** 3, outliers(100, 48)
     moments = Moments(48)
-    moments.add(x)
+    moments.update(x)
     by_weights = round_to_nearest(weight, grid, clip=True).values() - weight
     by_results = round_to_nearest(weight, grid, clip=True, products=moments.blocks(16)).values() - weight
 
@@ -138,7 +138,7 @@ def test_feedback_is_that_of_the_paper(symmetric: bool, rows: int, size: int, gr
     weight, x = random(rows, size).double(), outliers(60, size)
     moments = Moments(size)
     for batch in x.split(7):
-        moments.add(batch)
+        moments.update(batch)
     found = round_with_feedback(weight, Grid(4, group, symmetric), inverse_factor(moments)).values()
     expected = numpy_gptq(weight.numpy(), x.double().numpy(), 4, group, symmetric)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
@@ -148,7 +148,7 @@ def test_feedback_is_that_of_the_paper(symmetric: bool, rows: int, size: int, gr
 def test_feedback_errs_less_on_correlated_inputs(bits: int) -> None:
     weight, x = random(32, 64, seed=bits).double(), random(400, 8) @ random(8, 64) + 0.2 * random(400, 64)
     moments = Moments(64)
-    moments.add(x)
+    moments.update(x)
     grid = Grid(bits, 16, True)
     fed = round_with_feedback(weight, grid, inverse_factor(moments)).values()
     rounded = round_to_nearest(weight, grid).values()
@@ -163,7 +163,7 @@ def test_feedback_errs_less_on_correlated_inputs(bits: int) -> None:
 def test_scaling_errs_less_with_outlier_channels() -> None:
     weight, x = random(40, 72).double(), outliers(300, 72)
     moments = Moments(72)
-    moments.add(x)
+    moments.update(x)
     grid = Grid(4, 24, True)
     scales = find_scales([weight], [moments], grid)
 
@@ -201,7 +201,7 @@ def test_extreme_weights(symmetric: bool, method: str) -> None:
     weight[4] = 1e-37 * random(16)
     weight[5] *= torch.linspace(1, 1e6, 16)
     moments, grid = Moments(16), Grid(4, 8, symmetric)
-    moments.add(random(50, 16))
+    moments.update(random(50, 16))
     data = weight.double()
     found = (
         round_to_nearest(data, grid) if method == "round" else round_with_feedback(data, grid, inverse_factor(moments))
@@ -225,7 +225,7 @@ def test_denormal_inputs_count() -> None:
     found = []
     for scale in (1.0, 1e-39):
         moments = Moments(32)
-        moments.add(x * scale)
+        moments.update(x * scale)
         found.append(round_with_feedback(weight, grid, inverse_factor(moments)).values())
     exact = (x.double() @ (found[0] - weight).T).square().sum()
     assert (x.double() @ (found[1] - weight).T).square().sum() < 1.05 * exact

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from trimtab.errors import PassError, UsageError
-from trimtab.ir.core import Module, Value
+from trimtab.ir.core import Module
 from trimtab.ir.rewrite.log import RuleLog
 from trimtab.passes.base import Changed, Context, Pass
 from trimtab.passes.contracts import Contract, Lossy
 from trimtab.passes.drop import Drop
 from trimtab.passes.quantization.bits import FLOAT, Bits, fewest_changes
+from trimtab.passes.quantization.inputs import Wanted, see_inputs
 from trimtab.passes.quantization.integer_layers import IntegerLayers
 from trimtab.passes.quantization.layer_facts import layer_facts
-from trimtab.passes.quantization.observers import Observer, make_observer
+from trimtab.passes.quantization.preparation import Preparation
 from trimtab.passes.quantization.residual import round_residuals
-from trimtab.passes.quantization.scales import Affine, Integers
 from trimtab.passes.quantization.sites import Site, find_sites
-from trimtab.passes.quantization.statistics import observe
-from trimtab.passes.quantization.statistics_file import load_statistics, save_statistics
-
-Inputs = dict[tuple[int, int], "Affine | Integers"]
-"""How inputs become integers, by the number of the site and the bits."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +33,17 @@ class Quantize(Pass):
 
     ``bits`` and ``input_bits`` (0: as ``bits``) may be fewer than 8; the products are still those of bytes. Layers that
     read the module's input or make its output keep ``edge_bits``. ``observer`` finds the range of an input: minmax,
-    moving, percentile, mse or entropy. ``search`` looks for the clipping range of each row of a weight with the least
-    squared error.
+    moving, percentile, mse or entropy. ``factors`` moves sizes of input channels into the weights where that makes the
+    product better. ``search``, which fewer bits always do, looks for clipping ranges that do. ``feedback`` rounds
+    weights column by column, each making up for the errors of those before it (GPTQ), which takes longer.
 
     With ``max_drop``, the layers that lose most keep 8 bits or stay in float, as few as are needed to lose no more than
     that of the metric, or on calibration data of the outputs' relative distance; with ``fallback=false`` the pass
     refuses instead and says which layers these would be. ``residual=true`` rounds the residual stream as well, which
     ruins transformers: it is there to show that.
 
-    ``statistics`` names a file that keeps what was seen of the calibration data: it is written where there is none, and
-    read, instead of the data, where there is one of the same module and observer.
+    ``statistics`` names a file that keeps the ranges of the calibration data: it is written where there is none, and
+    read, instead of the data, where there is one of the same module and observer. Factors and feedback need the data.
     """
 
     name: ClassVar[str] = "quantize"
@@ -58,6 +54,8 @@ class Quantize(Pass):
     inputs: Literal["tensor", "row"] = "tensor"
     observer: str = "minmax"
     search: bool = False
+    factors: bool = True
+    feedback: bool = False
     max_drop: float = 0.0
     fallback: bool = True
     residual: bool = False
@@ -72,14 +70,14 @@ class Quantize(Pass):
         wanted = [self._bits(site) if its else FLOAT for site, its in zip(sites, allowed, strict=True)]
         if not any(allowed):
             return False
-        inputs = self._inputs(module, sites, ctx)
+        inputs = self._prepare(module, sites, ctx)
         chosen, alone = self._within_drop(module, wanted, inputs, ctx) if self.max_drop else (wanted, [])
         for facts in layer_facts(module, sites, chosen, inputs, ctx.calibration):
             ctx.record(facts.to_dict() | ({"sensitivity": alone[facts.number]} if alone else {}))
         self._rewrite(module, chosen, inputs)
         if self.residual:
             round_residuals(module, ctx.calibration, self.name)
-        floats = sum(bits is FLOAT for bits in chosen)
+        floats = sum(bits == FLOAT for bits in chosen)
         ctx.note(f"{len(sites) - floats} linear layers compute with integers" + (f", {floats} in float" * bool(floats)))
         return floats < len(sites) or self.residual
 
@@ -101,43 +99,26 @@ class Quantize(Pass):
         least = self.edge_bits if site.is_edge else 0
         return Bits(max(least, self.bits), max(least, self.input_bits or self.bits))
 
-    def _inputs(self, module: Module, sites: Sequence[Site], ctx: Context) -> Inputs:
-        """How the input of each site becomes integers, with the bits it is to have and with 8."""
-        wanted = [(n, bits) for n, site in enumerate(sites) for bits in sorted({8, self._bits(site).inputs})]
-        if self.inputs == "row":
-            return {(n, bits): Integers.symmetric(bits) for n, bits in wanted}
-        seen = self._statistics(module, dict.fromkeys(site.x for site in sites), ctx)
-        how: dict[tuple[Value, int], Affine] = {}
-        for n, bits in wanted:
-            x = sites[n].x
-            if (x, bits) not in how:
-                observer = make_observer(self.observer, bits=bits)
-                observer.load(seen[x].state())
-                how[x, bits] = Affine.of_range(*observer.range(), Integers.affine(bits))
-        return {(n, bits): how[sites[n].x, bits] for n, bits in wanted}
+    def _prepare(self, module: Module, sites: Sequence[Site], ctx: Context) -> Preparation:
+        by_tensor, has_data = self.inputs == "tensor", bool(ctx.calibration)
+        wanted = Wanted(
+            self.observer if by_tensor else "", by_tensor and self.factors and has_data, self.feedback and has_data,
+            self.statistics if by_tensor else "",
+        )  # fmt: skip
+        seen = see_inputs(module, list(dict.fromkeys(site.x for site in sites)), wanted, ctx, self.name)
+        return Preparation(module, sites, seen, self.search or self.bits < 8)
 
-    def _statistics(self, module: Module, values: Iterable[Value], ctx: Context) -> Mapping[Value, Observer]:
-        """What observers saw of ``values``: in the file of an earlier run, or on the calibration data."""
-        path = Path(self.statistics)
-        if self.statistics and path.exists():
-            return load_statistics(path, module)
-        watched = {value: make_observer(self.observer) for value in values}
-        observe(module, watched, ctx.calibration, what=self.name)
-        if self.statistics:
-            save_statistics(path, module, watched)
-        return watched
-
-    def _rewrite(self, module: Module, chosen: Sequence[Bits], inputs: Inputs) -> Module:
+    def _rewrite(self, module: Module, chosen: Sequence[Bits], preparation: Preparation) -> Module:
         """Replace the sites of ``module``, which have ``chosen`` bits in their order."""
-        layers = IntegerLayers(module, self.name, self.search or self.bits < 8)
+        layers = IntegerLayers(module, self.name)
         for number, (site, bits) in enumerate(zip(find_sites(module, RuleLog(self.name)), chosen, strict=True)):
-            if bits is not FLOAT:
-                layers.replace(site, bits.weights, inputs[number, bits.inputs])
+            if bits != FLOAT:
+                layers.replace(site, preparation.rounding(number, bits), preparation.weight(number, bits))
         module.drop_unused_weights()
         return module
 
     def _within_drop(
-        self, module: Module, wanted: Sequence[Bits], inputs: Inputs, ctx: Context
+        self, module: Module, wanted: Sequence[Bits], inputs: Preparation, ctx: Context
     ) -> tuple[Sequence[Bits], Sequence[float]]:
         """Bits for each site with which no more than ``max_drop`` is lost, and what each loses alone.
 

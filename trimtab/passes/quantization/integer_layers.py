@@ -2,7 +2,7 @@
 
 For x with scale s and zero point z, and weights W with a scale w_n for each output n, the sums ``a = q_x q_W^T`` are
 exact, and ``y = (a - z sum_k q_W + b / (s w_n)) * (s w_n)``. The zero point and the bias, rounded to units of the sums,
-are one integer for each output.
+are one integer for each output. Factors of the channels of x are in the scale that x is rounded with, [K], and in W.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Module, Value
 from trimtab.ir.dtypes import DType
-from trimtab.passes.quantization.scales import LEAST_SCALE, Affine, Integers, quantized_rows, row_scales
+from trimtab.passes.quantization.preparation import Rounding, Stored
+from trimtab.passes.quantization.scales import LEAST_SCALE, Affine, Integers
 from trimtab.passes.quantization.sites import Site
 
 if TYPE_CHECKING:
@@ -30,42 +31,35 @@ class IntegerLayers:
     Args:
         module: rewritten in place.
         made_by: name of the pass.
-        search: look for the best clipping range of each row of the weights.
     """
 
-    def __init__(self, module: Module, made_by: str, search: bool) -> None:
+    def __init__(self, module: Module, made_by: str) -> None:
         self._module = module
         self._made_by = made_by
-        self._search = search
-        self._weights: dict[tuple[str, int], tuple[Value, torch.Tensor, torch.Tensor]] = {}
-        self._inputs: dict[tuple[Value, Affine | Integers], tuple[Value, Value | None]] = {}
+        self._weights: dict[Stored, Value] = {}
+        self._inputs: dict[tuple[Value, Rounding], tuple[Value, Value | None]] = {}
 
-    def replace(self, site: Site, bits: int, x: Affine | Integers) -> None:
-        """Compute a layer with integers.
-
-        Args:
-            bits: of the weights.
-            x: how the layer's input becomes integers: by a scale that is known, or, given symmetric integers, by the
-                largest element of each row as it comes.
-        """
+    def replace(self, site: Site, rounding: Rounding, weight: Stored) -> None:
+        """Compute a layer with integers."""
         import torch
 
         op = site.op
         build = Builder(self._module, site.graph, before=op, made_by=self._made_by)
-        weight, scales, sums = self._weight(build, site.weight, bits)
-        rounded, row_scale = self._input(build, site.x, x)
-        total = build(ops.LinearInteger(rounded, weight))
-        name, bias = site.weight, op.bias
-        if isinstance(x, Affine):
-            scale = (scales.double() * x.scale).float()
-            offset = sums * x.zero
+        name, bias, how = site.weight, op.bias, rounding.how
+        if weight not in self._weights:
+            self._weights[weight] = build.weight(f"{name}.i8", weight.integers)
+        rounded, row_scale = self._input(build, op.x, rounding)
+        total = build(ops.LinearInteger(rounded, self._weights[weight]))
+        if isinstance(how, Affine):
+            scale = (weight.scales.double() * how.scale).float()
+            offset = weight.integers.long().sum(1) * how.zero
             units = self._in_units(bias, scale)
             if units is not None:
                 offset, bias = offset - units, None
             zero = build.weight(f"{name}.zero", offset.to(torch.int32)) if bool(offset.any()) else None
             y = build(ops.Dequantize(total, build.weight(f"{name}.scale", scale), zero))
         else:
-            y = build(ops.Dequantize(total, build.weight(f"{name}.scale", scales)))
+            y = build(ops.Dequantize(total, build.weight(f"{name}.scale", weight.scales)))
             y = build(ops.Mul(y, row_scale))
         if bias is not None:
             y = build(ops.Add(y, bias))
@@ -82,34 +76,26 @@ class IntegerLayers:
         units = (self._module.weights[bias.weight].tensor().double() / scale.double()).round()
         return units.to(torch.int64) if bool((units.abs() < _LARGEST_BIAS).all()) else None
 
-    def _weight(self, build: Builder, id: str, bits: int) -> tuple[Value, torch.Tensor, torch.Tensor]:
-        """The weight in integers, its scales [N], and the sums of its rows [N]."""
-        if (id, bits) not in self._weights:
-            integers = Integers.symmetric(bits)
-            data = self._module.weights[id].tensor()
-            scales = row_scales(data, integers, self._search)
-            rounded = quantized_rows(data, scales, integers)
-            value = build.weight(f"{id}.{integers.dtype}", rounded)
-            self._weights[id, bits] = value, scales, rounded.long().sum(1)
-        return self._weights[id, bits]
-
-    def _input(self, build: Builder, x: Value, how: Affine | Integers) -> tuple[Value, Value | None]:
+    def _input(self, build: Builder, x: Value, rounding: Rounding) -> tuple[Value, Value | None]:
         """x in integers, and the scales of its rows if they are computed."""
-        if (x, how) not in self._inputs:
-            self._inputs[x, how] = (
-                self._static(build, x, how) if isinstance(how, Affine) else self._by_row(build, x, how)
-            )
-        return self._inputs[x, how]
+        if (x, rounding) not in self._inputs:
+            how = rounding.how
+            made = self._by_row(build, x, how) if isinstance(how, Integers) else self._static(build, x, rounding, how)
+            self._inputs[x, rounding] = made
+        return self._inputs[x, rounding]
 
     @staticmethod
-    def _static(build: Builder, x: Value, how: Affine) -> tuple[Value, None]:
+    def _static(build: Builder, x: Value, rounding: Rounding, how: Affine) -> tuple[Value, None]:
         import torch
 
         integers = how.integers
-        scale = build.weight("input.scale", torch.tensor(how.scale, dtype=torch.float32))
+        units = torch.tensor(how.scale, dtype=torch.float32)
+        if rounding.factors is not None:
+            units = (rounding.factors.double() * how.scale).float()
         zero = None
         if how.zero:
             zero = build.weight("input.zero", torch.tensor(how.zero, dtype=integers.dtype.to_torch()))
+        scale = build.weight("input.scale", units)
         return build(ops.Quantize(x, scale, zero, dtype=integers.dtype, low=integers.low, high=integers.high)), None
 
     @staticmethod

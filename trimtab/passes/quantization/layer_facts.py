@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from trimtab.ir.core import Module, Value
 from trimtab.passes.quantization.bits import FLOAT, Bits
-from trimtab.passes.quantization.scales import LEAST_SCALE, Affine, Integers, quantized_rows, row_scales
+from trimtab.passes.quantization.preparation import Preparation, Rounding, Stored
+from trimtab.passes.quantization.scales import Affine
 from trimtab.passes.quantization.sites import Site
 from trimtab.passes.quantization.statistics import observe
 
@@ -25,7 +26,8 @@ class LayerFacts:
         number: of the site.
         layer: its weight and place in the user's code.
         scheme: for example ``W8A8`` or ``float``.
-        low, high: the range of its input; NaN when scales are computed for each row.
+        has_factors: whether channels of its input have factors, see :mod:`.migration`.
+        low, high: the range of its input, divided by these factors; NaN when scales are computed for each row.
         clipped: share of the input outside of it, on the batch.
         sqnr_db: signal to quantization noise of the layer's result in decibels, when its input is exact.
     """
@@ -33,21 +35,18 @@ class LayerFacts:
     number: int
     layer: str
     scheme: str
-    low: float
-    high: float
-    clipped: float
-    sqnr_db: float
+    has_factors: bool = False
+    low: float = math.nan
+    high: float = math.nan
+    clipped: float = 0.0
+    sqnr_db: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def layer_facts(
-    module: Module,
-    sites: Sequence[Site],
-    chosen: Sequence[Bits],
-    inputs: Mapping[tuple[int, int], Affine | Integers],
-    batches: Any,
+    module: Module, sites: Sequence[Site], chosen: Sequence[Bits], preparation: Preparation, batches: Any
 ) -> list[LayerFacts]:
     """The facts of each site, measured on the first of ``batches``; none without one."""
     batch = next(iter(batches), None)
@@ -55,8 +54,14 @@ def layer_facts(
         return []
     watched: dict[Value, _Layers] = {}
     for number, (site, bits) in enumerate(zip(sites, chosen, strict=True)):
+        layers = watched.setdefault(site.x, _Layers())
+        if bits == FLOAT:
+            layers.facts.append(LayerFacts(number, site.label, str(FLOAT)))
+            continue
         weight = module.weights[site.weight].tensor()
-        watched.setdefault(site.x, _Layers()).add(number, site.label, bits, weight, inputs.get((number, bits.inputs)))
+        layers.add(
+            number, site.label, bits, weight, preparation.weight(number, bits), preparation.rounding(number, bits)
+        )
     observe(module, watched, [batch])
     return sorted((facts for layers in watched.values() for facts in layers.facts), key=lambda facts: facts.number)
 
@@ -65,33 +70,30 @@ class _Layers:
     """The layers that read one value; they are measured when it is seen."""
 
     def __init__(self) -> None:
-        self._layers: list[tuple[int, str, Bits, torch.Tensor, Affine | Integers | None]] = []
+        self._layers: list[tuple[int, str, Bits, torch.Tensor, Stored, Rounding]] = []
         self.facts: list[LayerFacts] = []
 
-    def add(self, number: int, label: str, bits: Bits, weight: torch.Tensor, how: Affine | Integers | None) -> None:
-        self._layers.append((number, label, bits, weight, how))
+    def add(
+        self, number: int, label: str, bits: Bits, weight: torch.Tensor, stored: Stored, rounding: Rounding
+    ) -> None:
+        self._layers.append((number, label, bits, weight, stored, rounding))
 
     def update(self, tensor: torch.Tensor) -> None:
-        self.facts = [_measured(tensor.double(), *layer) for layer in self._layers]
+        self.facts += [_measured(tensor.double(), *layer) for layer in self._layers]
 
 
 def _measured(
-    x: torch.Tensor, number: int, label: str, bits: Bits, weight: torch.Tensor, how: Affine | Integers | None
+    x: torch.Tensor, number: int, label: str, bits: Bits, weight: torch.Tensor, stored: Stored, rounding: Rounding
 ) -> LayerFacts:
-    if bits == FLOAT or how is None:
-        return LayerFacts(number, label, str(FLOAT), math.nan, math.nan, 0.0, math.inf)
-    integers = Integers.symmetric(bits.weights)
-    scales = row_scales(weight, integers, bits.weights < 8)
-    stored = quantized_rows(weight, scales, integers).double() * scales.double()[:, None]
+    how, factors = rounding.how, rounding.factors
+    low = high = math.nan
+    clipped = 0.0
     if isinstance(how, Affine):
         low, high = ((bound - how.zero) * how.scale for bound in (how.integers.low, how.integers.high))
-        clipped, rounded = how.clipped(x), how.rounded(x)
-    else:
-        low = high = math.nan
-        unit = (x.abs().amax(-1, keepdim=True) / how.high).clamp(min=LEAST_SCALE)
-        clipped, rounded = 0.0, (x / unit).round().clamp(how.low, how.high) * unit
+        clipped = how.clipped(x if factors is None else x / factors)
+    values = stored.values if factors is None else stored.values / factors.double()
     exact = F.linear(x, weight.double())
-    noise = float((F.linear(rounded, stored) - exact).square().sum())
+    noise = float((F.linear(rounding.rounded(x), values) - exact).square().sum())
     signal = float(exact.square().sum())
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
-    return LayerFacts(number, label, str(bits), low, high, clipped, sqnr)
+    return LayerFacts(number, label, str(bits), factors is not None, low, high, clipped, sqnr)

@@ -33,6 +33,10 @@ class Integers:
     low: int
     high: int
 
+    def unit(self, x: torch.Tensor) -> torch.Tensor:
+        """Of symmetric integers: the scales of the rows of x ``[..., K]``, ``[..., 1]``."""
+        return (x.abs().amax(-1, keepdim=True) / self.high).clamp(min=LEAST_SCALE)
+
     @staticmethod
     def affine(bits: int) -> Integers:
         """All integers of ``bits`` bits, for numbers with a zero point of their own."""

@@ -25,16 +25,14 @@ class Site:
     Attributes:
         op: the layer, f32.
         graph: the graph that it is in.
+        x: its input when it was found; by the time it is rewritten, the layers before it may have been.
         is_edge: it reads an input of the module, or the module's output is made of its result, by moves alone.
     """
 
     op: ops.Linear
     graph: Graph
+    x: Value
     is_edge: bool
-
-    @property
-    def x(self) -> Value:
-        return self.op.x
 
     @property
     def weight(self) -> str:
@@ -59,7 +57,7 @@ def find_sites(module: Module, log: RuleLog) -> list[Site]:
             if reason := _refusal(op, graph is main):
                 log.reject(NearMiss(1, 1, print_op(op), str(op.location or ""), reason))
             else:
-                sites.append(Site(op, graph, _reads_input(op.x) or _makes_output(op.result)))
+                sites.append(Site(op, graph, op.x, _reads_input(op.x) or _makes_output(op.result)))
     return sites
 
 

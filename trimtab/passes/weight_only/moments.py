@@ -32,9 +32,9 @@ class Moments:
         self.products = torch.zeros(size, size, dtype=torch.float64)
         self.magnitudes = torch.zeros(size, dtype=torch.float64)
 
-    def add(self, x: torch.Tensor) -> None:
-        """Take in x ``[..., K]``."""
-        rows = x.reshape(-1, x.shape[-1])
+    def update(self, tensor: torch.Tensor) -> None:
+        """Take in rows ``[..., K]``."""
+        rows = tensor.reshape(-1, tensor.shape[-1])
         self.rows += len(rows)
         for piece in rows.split(_ROWS):
             wide = piece.double()
@@ -47,6 +47,14 @@ class Moments:
         total.products = self.products + other.products
         total.magnitudes = self.magnitudes + other.magnitudes
         return total
+
+    def divided(self, divisor: torch.Tensor) -> Moments:
+        """The sums of the rows whose channels are divided by ``divisor``, f64 ``[K]`` and positive."""
+        made = Moments(len(divisor))
+        made.rows = self.rows
+        made.products = self.products / divisor / divisor[:, None]
+        made.magnitudes = self.magnitudes / divisor
+        return made
 
     def blocks(self, size: int) -> torch.Tensor:
         """The blocks of ``size`` on the diagonal of ``X^T X``: f64 ``[K / size, size, size]``."""
@@ -73,7 +81,7 @@ def gather(module: Module, linears: Sequence[ops.Linear], batches: Iterable[Sequ
     def observe(op: Op, results: Sequence[torch.Tensor]) -> None:
         for value, result in zip(op.results, results, strict=True):
             if value in watched:
-                moments[watched[value]].add(result)
+                moments[watched[value]].update(result)
 
     for batch in batches:
         interpret(copy, batch, observer=observe)
