@@ -47,6 +47,7 @@ _OWN: Mapping[str, str] = {
     "prune-scan-tokens": "trimtab.passes.prune_scan_tokens:PruneScanTokens",
     "push-slices": "trimtab.passes.push_slices:PushSlices",
     "quantize": "trimtab.passes.quantize:Quantize",
+    "quantize-attention": "trimtab.passes.quantize_attention:QuantizeAttention",
     "quantize-weights": "trimtab.passes.quantize_weights:QuantizeWeights",
     "raise-activations": "trimtab.passes.raise_activations:RaiseActivations",
     "raise-attention": "trimtab.passes.raise_attention:RaiseAttention",
