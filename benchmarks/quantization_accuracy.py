@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 
 import trimtab
@@ -13,38 +14,48 @@ from trimtab import TrimtabError
 
 DIGITS = (
     "quantize",
-    "smooth,quantize",
+    "quantize{factors=false}",
+    "smooth,quantize{factors=false}",
     "quantize{inputs=row}",
     "quantize{bits=6}",
-    "reparameterize-scales,quantize{bits=6}",
+    "quantize{bits=6,feedback=true}",
     "quantize{bits=4,input_bits=8}",
+    "quantize{bits=4,input_bits=8,feedback=true}",
     "quantize-weights{bits=4,group=16,method=gptq}",
     "quantize{bits=4}",
     "reparameterize-scales,quantize{bits=4,observer=mse}",
+    "quantize{bits=4,feedback=true}",
+    "quantize{bits=4,feedback=true},compensate",
     "reparameterize-scales,quantize{bits=4,observer=mse},compensate",
 )
 """Pipelines behind `cleanup,fuse`."""
 TEXT = (
     "quantize",
-    "smooth,quantize",
+    "quantize{factors=false}",
+    "smooth,quantize{factors=false}",
     "quantize{inputs=row}",
     "quantize-weights{bits=4,group=32}",
     "quantize-weights{bits=4,group=32,method=awq}",
     "quantize-weights{bits=4,group=32,method=gptq}",
+    "quantize-weights{bits=4,group=32,method=gptq,symmetric=false}",
     "quantize-weights{bits=3,group=32,method=gptq}",
 )
 SENTENCES = 200
-_CALIBRATION = 64
+_BATCH, _BATCHES = 64, 3
+"""Of calibration."""
 
 
 def digits_lines(pipelines: tuple[str, ...] = DIGITS, epochs: int | None = None) -> Iterator[str]:
     """Accuracy on the held-out digits."""
     model = DigitsModel(*(() if epochs is None else (epochs,)))
+    images = torch.from_numpy(model.digits.train_images[: _BATCH * _BATCHES])
+    batches = [(batch,) for batch in images.split(_BATCH)]
     yield f"digits, {len(model.digits.held_out_labels)} held out: {model.accuracy:.2%} in float"
     yield f"{'accuracy':>9s} {'lost':>6s}  pipeline"
     for pipeline in pipelines:
         try:
-            found = model.accuracy_of(model.reduce(f"fuse,{pipeline}"))
+            made = trimtab.optimize(model.module, f"fuse,{pipeline}", calibration=batches, check="never").module
+            found = model.accuracy_of(made)
         except TrimtabError as error:
             yield f"{'':9s} {'':6s}  {pipeline}: {str(error).splitlines()[0]}"
         else:
@@ -53,9 +64,9 @@ def digits_lines(pipelines: tuple[str, ...] = DIGITS, epochs: int | None = None)
 
 def text_lines(pipelines: tuple[str, ...] = TEXT, sentences: int = SENTENCES) -> Iterator[str]:
     """Mean and least cosine of the embeddings; the sentences to calibrate on are others."""
-    ids, mask = tokenized(find_sentences(), sentences + _CALIBRATION, 12)
+    ids, mask = tokenized(find_sentences(), sentences + _BATCH * _BATCHES, 12)
     module = traced_embedding()
-    batches = [(ids[-_CALIBRATION:], mask[-_CALIBRATION:])]
+    batches = list(zip(ids[sentences:].split(_BATCH), mask[sentences:].split(_BATCH), strict=True))
     ids, mask = ids[:sentences], mask[:sentences]
     wanted = embeddings(module, ids, mask)
     yield f"MiniLM, {len(ids)} sentences of up to {ids.shape[1]} tokens: cosine to the float model's embedding"

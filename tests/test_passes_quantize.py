@@ -428,6 +428,45 @@ def test_a_metric_bounds_the_loss_too() -> None:
     assert accuracy(result.module) >= 0.95
 
 
+def test_layers_that_gain_nothing_stay_in_float() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    x = torch.randn(8, 16)
+    timed: list[str] = []
+
+    def seconds(module: Module) -> float:
+        (op,) = [op for op in module.main.ops if isinstance(op, ops.Linear | ops.LinearInteger)]
+        timed.append(op.name)
+        depth = int(op.weight.type.shape[1])
+        return 1.0 if isinstance(op, ops.Linear) else {16: 2.0, 32: 0.5}[depth]
+
+    result = trimtab.optimize(traced(model, x), "cleanup,quantize{measured=true}", calibration=[(x,)], seconds=seconds)
+    layers = result.report.rows[-1].layers
+    assert [facts["scheme"] for facts in layers] == ["float", "W8A8", "W8A8"]
+    assert [facts["integer_ms"] for facts in layers] == [2000.0, 500.0, 500.0]
+    assert timed == ["linear", "linear_integer"] * 2  # equal layers once
+
+
+def test_without_a_target_nothing_is_measured() -> None:
+    x = torch.randn(8, 16)
+    with pytest.raises(TrimtabError, match="cannot measure") as caught:
+        trimtab.optimize(traced(nn.Linear(16, 4), x), "quantize{measured=true}", calibration=[(x,)])
+    assert "trimtab.compile" in str(caught.value)
+
+
+def test_layers_are_timed_on_the_target() -> None:
+    pytest.importorskip("tvm", reason="the TVM backend is not installed")
+    x = torch.randn(64, 256)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    made = trimtab.compile(
+        traced(model, x), target="native", pipeline="cleanup,quantize{measured=true}", calibration=[(x,)]
+    )
+    row = next(row for row in made.report["passes"] if row["name"] == "quantize")
+    for facts in row["layers"]:
+        assert facts["float_ms"] > 0
+        assert facts["integer_ms"] > 0
+        assert (facts["scheme"] == "float") == (facts["integer_ms"] >= facts["float_ms"])
+
+
 def test_the_report_has_the_facts_of_each_layer() -> None:
     layer = nn.Linear(64, 32)
     x = torch.randn(50, 64)

@@ -107,7 +107,8 @@ def compile(
         module = _without_groups(module)
     if passes:
         with stages("optimize", 0.0):
-            result = optimize(module, passes, calibration, observers=observers)
+            timer = _timer(next(iter(BACKENDS)) if chosen else names[0], targets[0], threads)
+            result = optimize(module, passes, calibration, observers=observers, seconds=timer)
         module, report = result.module, result.report.to_dict()
     with stages("check capabilities", 0.2):
         for generator in generators:
@@ -145,6 +146,31 @@ def _working_backends() -> list[Backend]:
     if not found:
         raise UsageError("no backend works on this machine", values=reasons, fix="trimtab doctor says what to install")
     return found
+
+
+def _timer(backend: str, target: str, threads: int | None) -> Callable[[Module], float]:
+    """What compiles a module for a target and times a call of it.
+
+    It raises a UsageError where this machine cannot run the code.
+    """
+
+    def seconds(module: Module) -> float:
+        from trimtab.runtime.session import load
+
+        made = compile(module, target or None, backend, threads, pipeline="")
+        if not made.runs_here():
+            raise UsageError(
+                "layers cannot be timed on this machine",
+                values={"target": made.code.triple},
+                rule="their code must run to be timed",
+                fix="compile on a machine of the target's kind, or leave the measuring out",
+            )
+        with tempfile.TemporaryDirectory(prefix="trimtab-timing-") as directory:
+            path = made.save(Path(directory) / "module.trim", check=False)
+            with load(path, verify="code", threads=threads) as session:
+                return _median_seconds(session, made.samples[0].inputs)
+
+    return seconds
 
 
 _LEAST_SECONDS, _MOST_CALLS = 0.5, 200

@@ -39,6 +39,9 @@ Changed: TypeAlias = bool
 Metric: TypeAlias = "Callable[[Module], float]"
 """A score of a module, higher is better: for example its accuracy on the user's data."""
 
+Seconds: TypeAlias = "Callable[[Module], float]"
+"""How long a call of a module takes."""
+
 
 def _fresh_rewrites() -> Rewrites:
     from trimtab.ir.rewrite import Rewrites  # imports torch, which declaring passes does not
@@ -58,6 +61,7 @@ class Context:
         rewrites: the log of this application of the pass, and the gate that its rewrites go through.
         reference: the module before the first lossy pass of the pipeline, which shares its weights and is only read;
             None before that pass. A caller who has the original of a lossy module may give it.
+        seconds: compiles a module for the target and times a call of it; None where nothing is compiled.
     """
 
     calibration: Sequence[tuple[torch.Tensor, ...]] = ()
@@ -65,6 +69,7 @@ class Context:
     seed: int = 0
     rewrites: Rewrites = field(default_factory=_fresh_rewrites, repr=False)
     reference: Module | None = field(default=None, repr=False)
+    seconds: Seconds | None = None
     _notes: list[str] = field(default_factory=list, repr=False)
     _records: list[dict[str, Any]] = field(default_factory=list, repr=False)
 

@@ -10,7 +10,7 @@ from trimtab.errors import PassError, UsageError
 from trimtab.ir.analysis.statistics import count_ops
 from trimtab.ir.core import Module
 from trimtab.ir.op import OP_CLASSES
-from trimtab.passes.base import Context, Metric
+from trimtab.passes.base import Context, Metric, Seconds
 from trimtab.passes.calibration import check_calibration
 from trimtab.passes.contract_check import MAC_LIMIT, CheckMode
 from trimtab.passes.manager import PassManager
@@ -41,6 +41,7 @@ def optimize(
     check: CheckMode = "always",
     mac_limit: float = MAC_LIMIT,
     seed: int = 0,
+    seconds: Seconds | None = None,
 ) -> OptimizeResult:
     """Run ``pipeline`` on ``module``, which is not modified; weights are shared with the result.
 
@@ -56,6 +57,7 @@ def optimize(
         check: check contracts ``always``, only those that are not exact (``close``), or ``never``.
         mac_limit: multiply-accumulates of one evaluation above which exact passes are believed.
         seed: seed of everything random.
+        seconds: times a module on the target, for passes that choose by what is faster; ``trimtab.compile`` gives one.
 
     Raises:
         UsageError, ParseError: the pipeline names unknown passes or options, or cannot be read.
@@ -72,7 +74,7 @@ def optimize(
                 fix=did_you_mean(name, OP_CLASSES) or "see the IR reference",
             )
     batches = check_calibration(module, calibration) if calibration is not None else ()
-    result, report = manager.run(module, Context(batches, metric, seed))
+    result, report = manager.run(module, Context(batches, metric, seed, seconds=seconds))
     if expect:
         _check_expected(result, expect, report)
     return OptimizeResult(result, report)

@@ -20,6 +20,7 @@ from trimtab.passes.quantization.layer_facts import layer_facts
 from trimtab.passes.quantization.preparation import Preparation
 from trimtab.passes.quantization.residual import round_residuals
 from trimtab.passes.quantization.sites import Site, find_sites
+from trimtab.passes.quantization.timing import Times, Timing
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Quantize(Pass):
     feedback: bool = False
     max_drop: float = 0.0
     fallback: bool = True
+    measured: bool = False
     residual: bool = False
     statistics: str = ""
 
@@ -71,9 +73,15 @@ class Quantize(Pass):
         if not any(allowed):
             return False
         inputs = self._prepare(module, sites, ctx)
+        times = self._times(module, sites, inputs, ctx)
+        wanted = [bits if n not in times or times[n].gains else FLOAT for n, bits in enumerate(wanted)]
         chosen, alone = self._within_drop(module, wanted, inputs, ctx) if self.max_drop else (wanted, [])
         for facts in layer_facts(module, sites, chosen, inputs, ctx.calibration):
-            ctx.record(facts.to_dict() | ({"sensitivity": alone[facts.number]} if alone else {}))
+            ctx.record(
+                facts.to_dict()
+                | ({"sensitivity": alone[facts.number]} if alone else {})
+                | (times[facts.number].to_dict() if times else {})
+            )
         self._rewrite(module, chosen, inputs)
         if self.residual:
             round_residuals(module, ctx.calibration, self.name)
@@ -98,6 +106,24 @@ class Quantize(Pass):
     def _bits(self, site: Site) -> Bits:
         least = self.edge_bits if site.is_edge else 0
         return Bits(max(least, self.bits), max(least, self.input_bits or self.bits))
+
+    def _times(self, module: Module, sites: Sequence[Site], inputs: Preparation, ctx: Context) -> dict[int, Times]:
+        """How long each site takes, by its number; nothing when that is not asked for."""
+        if not self.measured:
+            return {}
+        if ctx.seconds is None:
+            raise UsageError(
+                "quantize cannot measure layers here",
+                values={"measured": True},
+                rule="they are compiled for the target and timed, which trimtab.compile offers where its code can run",
+                fix="compile on such a machine, or leave measured out",
+            )
+        timing = Timing(module, ctx.seconds)
+        return {
+            n: timing.of(site, inputs.rounding(n, bits), inputs.weight(n, bits))
+            for n, site in enumerate(sites)
+            for bits in [self._bits(site)]
+        }
 
     def _prepare(self, module: Module, sites: Sequence[Site], ctx: Context) -> Preparation:
         by_tensor, has_data = self.inputs == "tensor", bool(ctx.calibration)
