@@ -40,6 +40,7 @@ class NearMisses(Pass):
         log.tried = 4
         log.reject(NearMiss(3, 5, repr(op), "model.py:7", "the constant is 1.5, not sqrt(2)"))
         ctx.note("nothing was raised")
+        ctx.record({"layer": HOSTILE, "scheme": "W8A8", "sqnr_db": 31.4159, "clipped": float("nan")})
         return False
 
 
@@ -459,7 +460,8 @@ def test_near_misses_are_told_and_lead_to_the_op(show: Any, transformer: ReportR
     assert "1 near" in window.text(".step:has-text('near-misses')")
     window.click(".step:has-text('near-misses')")
     details = window.text("#details")
-    for part in ("gelu-erf", "tried 4", "3 of 5 ops matched", "model.py:7", "1.5, not sqrt(2)", "nothing was raised"):
+    for part in ("gelu-erf", "tried 4", "3 of 5 ops matched", "model.py:7", "1.5, not sqrt(2)", "nothing was raised",
+                 "sqnr db", "W8A8", "31.4"):  # fmt: skip
         assert part in details
     window.click("#details figure button")
     assert "erf" in window.page.input_value("#search")

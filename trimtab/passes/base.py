@@ -17,6 +17,7 @@ The fields are the command-line flags, the printed pipeline ``merge-tokens{r=13}
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -83,8 +84,13 @@ class Context:
         return notes
 
     def record(self, facts: Mapping[str, Any]) -> None:
-        """Put what the running pass did to one layer in its row of the report, as plain data with the key ``layer``."""
-        self._records.append(dict(facts))
+        """Put what the running pass did to one layer in its row of the report.
+
+        Args:
+            facts: text, numbers and truth values by name, with the key ``layer``; a number that is not finite is none.
+        """
+        finite = {name: fact for name, fact in facts.items() if not isinstance(fact, float) or math.isfinite(fact)}
+        self._records.append({name: finite.get(name) for name in facts})
 
     def take_records(self) -> list[dict[str, Any]]:
         """The records since the last call; the manager's side of :meth:`record`."""

@@ -42,7 +42,7 @@ class LayerFacts:
     sqnr_db: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: fact for name, fact in asdict(self).items() if name != "number"}
 
 
 def layer_facts(

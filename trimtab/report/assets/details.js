@@ -160,6 +160,7 @@ class Details {
         this.changes(marks),
       ]),
       ...this.notes(row.notes),
+      ...this.layers(row.layers ?? []),
       ...this.rules(row.rules ?? []),
       ...(mix.length ? [heading("Ops that became more or fewer"), mixTable(mix, this.on.search)] : []),
     );
@@ -185,6 +186,35 @@ class Details {
           ),
         ]
       : [];
+  }
+
+  /** What a pass says about each layer: its facts as columns, in the order in which they appear. */
+  layers(layers) {
+    if (!layers.length) return [];
+    const columns = [...new Set(["layer", ...layers.flatMap(Object.keys)])];
+    const shown = (fact) => {
+      if (typeof fact !== "number") return fact ?? "";
+      return Number.isInteger(fact) ? text.count(fact) : fact.toPrecision(3);
+    };
+    return [
+      heading("Layers"),
+      element(
+        "div",
+        { class: "wide" },
+        element(
+          "table",
+          { class: "layers" },
+          element("thead", {}, element("tr", {}, columns.map((name) => element("th", {}, name.replaceAll("_", " "))))),
+          element(
+            "tbody",
+            {},
+            layers.map((layer) =>
+              element("tr", {}, columns.map((name) => element("td", { title: layer[name] }, shown(layer[name])))),
+            ),
+          ),
+        ),
+      ),
+    ];
   }
 
   rules(rules) {
