@@ -38,6 +38,7 @@ _OWN: Mapping[str, str] = {
     "fold-scale": "trimtab.passes.fold_scale:FoldScale",
     "gate-tokens": "trimtab.passes.gate_tokens:GateTokens",
     "group-fusions": "trimtab.passes.group_fusions:GroupFusions",
+    "integer-only": "trimtab.passes.integer_only:IntegerOnly",
     "merge-adapters": "trimtab.passes.merge_adapters:MergeAdapters",
     "merge-tokens": "trimtab.passes.merge_tokens:MergeTokens",
     "merge-tokens-spectral": "trimtab.passes.merge_tokens_spectral:MergeTokensSpectral",
