@@ -94,7 +94,7 @@ class IntegerOnly(Pass):
         shared = [op.result for op in main.ops if isinstance(op, ops.Add) and _is_stream(op.result)]
         factors = power_factors(module, [x for x in inputs if not x.is_weight], ctx.calibration, self.name)
         if self.residual == "float":
-            return Conversion(module, self.name, factors, {}, frozenset([*factors, *shared]))
+            return Conversion(module, self.name, factors, {}, frozenset([*factors, *_stream(module)]))
         shared += [op.result for op in norms if _is_summed(op.result)]
         ranges = {value: make_observer("minmax", symmetric=True) for value in (*shared, *ends)}
         if ranges:
@@ -109,6 +109,18 @@ class IntegerOnly(Pass):
 def _is_stream(value: Value) -> bool:
     """Whether a sum has several readers, and a norm or the rounding for a product is one, perhaps behind moves."""
     return value.type.dtype is DType.F32 and len(value.users) > 1 and any(map(_is_end, value.users))
+
+
+def _stream(module: Module) -> set[Value]:
+    """The sums with several readers, and those that they go into, to the end of the stream."""
+    found: set[Value] = set()
+    for op in module.main.ops:
+        is_moved = isinstance(op, MOVES)
+        if (is_moved or isinstance(op, ops.Add)) and any(value in found for value in op.operands):
+            found.add(op.results[0])
+        elif isinstance(op, ops.Add) and _is_stream(op.result):
+            found.add(op.result)
+    return found
 
 
 def _is_end(op: Op) -> bool:

@@ -107,7 +107,7 @@ class Conversion:
         self._made: dict[tuple[Value, object], Value] = {}
         self._normals: dict[ops.LayerNorm, Value] = {}
         originals = list(module.main.ops)
-        self._next = dict(itertools.pairwise(originals))
+        self._next: dict[Op, Op | None] = dict(itertools.pairwise(originals))
         self._first = originals[0] if originals else None
         self.rounded_floats: dict[Value, str] = {}
         """Values that were rounded from float, with the reason."""
@@ -193,6 +193,8 @@ class Conversion:
             return rescaled(build, self.rounded(value, Target.fixed(unit)), unit / target.scale, **target.integers)
         if maker is None:
             return None
+        if isinstance(maker, ops.Split):
+            return self._part(value, maker, target)
         rule = _RULES.get(type(maker))
         return rule(self, maker, target) if rule is not None else None
 
@@ -206,16 +208,51 @@ class Conversion:
 
     # -- rules, by the op that makes a value in float --------------------------------------------------------------
 
-    def _dequantize(self, op: ops.Dequantize, target: Target) -> Value | None:
-        scale = constant(self._module, op.scale)
-        if scale is None:
-            return None
+    def _part(self, value: Value, op: ops.Split, target: Target) -> Value | None:
+        """One result of a split: a slice."""
+        place = list(op.results).index(value)
+        start = sum(op.sizes[:place])
+        part = self._after(value)(ops.Slice(op.x, dim=op.dim, start=start, stop=start + op.sizes[place]))
+        part_maker = part.producer
+        assert part_maker is not None
+        self._next[part_maker] = self._next.get(op)
+        return self._make(part, target)
+
+    def _dequantize(self, op: ops.Dequantize | ops.Slice, target: Target) -> Value | None:
+        """Sums to which slices are applied first, so that only what is read is rounded."""
+        found = self._sums(op.result)
+        if found is None:
+            return self._move(op, target) if isinstance(op, ops.Slice) else None
+        sums, zero, scale = found
         build = self._after(op.result)
-        sums = op.x if op.x.type.dtype is DType.I32 else build(ops.Cast(op.x, DType.I32))
-        if op.zero is not None:
-            zero = op.zero if op.zero.type.dtype is DType.I32 else build(ops.Cast(op.zero, DType.I32))
-            sums = build(ops.Sub(sums, zero))
+        if sums.type.dtype is not DType.I32:
+            sums = build(ops.Cast(sums, DType.I32))
+        if zero is not None:
+            sums = build(ops.Sub(sums, build.weight("zero", zero.int())))
         return rescaled(build, sums, scale.double() / target.scale, **target.integers)
+
+    def _sums(self, value: Value) -> tuple[Value, torch.Tensor | None, torch.Tensor] | None:
+        """The integers, zero points and scales that ``value`` is made of, if it is a Dequantize or slices of one."""
+        maker = value.producer
+        if value in self._floats or value in self._units:
+            return None
+        if isinstance(maker, ops.Dequantize):
+            scale, zero = constant(self._module, maker.scale), constant(self._module, maker.zero)
+            return None if scale is None or (maker.zero is not None and zero is None) else (maker.x, zero, scale)
+        found = self._sums(maker.x) if isinstance(maker, ops.Slice) else None
+        if found is None or max(part.dim() for part in found[1:] if part is not None) > 1:
+            return None
+        assert isinstance(maker, ops.Slice)
+        sums, zero, scale = found
+        is_last = maker.dim == value.type.rank - 1
+        if is_last and not (isinstance(maker.start, int) and isinstance(maker.stop, int)):
+            return None
+        places = slice(maker.start, maker.stop, maker.step) if is_last else slice(None)
+
+        def cut(part: torch.Tensor) -> torch.Tensor:
+            return part[places] if part.numel() > 1 else part
+
+        return self._after(value)(maker.rebuilt([sums])), None if zero is None else cut(zero), cut(scale)
 
     def _move(self, op: Op, target: Target) -> Value | None:
         """Ops that move elements do so with integers."""
@@ -230,6 +267,15 @@ class Conversion:
         parts = [self.rounded(operand, target) for operand in (op.x, op.y)]
         build = self._after(op.result)
         return build(ops.Clamp(build(type(op)(*parts)), min=-MOST, max=MOST))
+
+    def _product(self, op: ops.Mul, target: Target) -> Value | None:
+        """A product with positive constants, such as the factors of channels, is another scale."""
+        for x, other in ((op.x, op.y), (op.y, op.x)):
+            factors = constant(self._module, other)
+            if factors is not None and x.type.shape == op.result.type.shape and bool((factors > 0).all()):
+                scale = target.scale / factors.double()
+                return self.rounded(x, Target(scale, target.zero, target.dtype, target.low, target.high))
+        return None
 
     def _mean(self, op: ops.Mean, target: Target) -> Value | None:
         count = product(op.x.type.shape[dim] for dim in op.dims)
@@ -323,6 +369,7 @@ _RULES: dict[type[Op], Rule] = {
     ops.Dequantize: Conversion._dequantize,
     ops.Add: Conversion._sum,
     ops.Sub: Conversion._sum,
+    ops.Mul: Conversion._product,
     ops.Mean: Conversion._mean,
     ops.Where: Conversion._where,
     ops.Full: Conversion._full,
@@ -332,6 +379,7 @@ _RULES: dict[type[Op], Rule] = {
     ops.Neg: Conversion._negative,
     ops.LayerNorm: Conversion._layer_norm,
     **dict.fromkeys(MOVES, Conversion._move),
+    ops.Slice: Conversion._dequantize,
 }
 
 
