@@ -53,10 +53,18 @@ class QuantizeAttention(Pass):
 
     def run(self, module: Module, ctx: Context) -> Changed:
         probabilities = self._probabilities()
-        self._check(ctx)
+        if not 2 <= self.bits <= 8:
+            raise UsageError("quantize-attention takes from 2 to 8 bits", values={"bits": self.bits})
         found = [op for op in self._found(module, ctx.rewrites.of(self.name)) if ctx.rewrites.permit(self.name, op)]
         if not found:
             return False
+        if not ctx.calibration:
+            raise UsageError(
+                "quantize-attention has no data to find the ranges of queries, keys and values from",
+                values={"calibration batches": 0},
+                rule="a scale for a whole tensor is chosen beforehand, from real inputs",
+                fix="give calibration data (`--calibration data.npz`)",
+            )
         schemes = self._schemes(module, found, probabilities, ctx)
         scheme_name = f"A{self.bits}, {self.softmax} P{self.softmax_bits or _default(self.softmax)}"
         for facts in _facts(module, schemes, next(iter(ctx.calibration))):
@@ -81,17 +89,6 @@ class QuantizeAttention(Pass):
                 rule="uniform steps fit in a byte; codes are shifts of at most 15 bits, whose sums fit in 32",
             )
         return bits if codes is None else codes
-
-    def _check(self, ctx: Context) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UsageError("quantize-attention takes from 2 to 8 bits", values={"bits": self.bits})
-        if not ctx.calibration:
-            raise UsageError(
-                "quantize-attention has no data to find the ranges of queries, keys and values from",
-                values={"calibration batches": 0},
-                rule="a scale for a whole tensor is chosen beforehand, from real inputs",
-                fix="give calibration data (`--calibration data.npz`)",
-            )
 
     def _found(self, module: Module, log: RuleLog) -> list[ops.Attention]:
         found = []
