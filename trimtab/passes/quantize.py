@@ -49,6 +49,7 @@ class Quantize(Pass):
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = Lossy()
+    grows_weights: ClassVar[bool] = True  # by scales, where a weight is smaller than these
     bits: int = 8
     input_bits: int = 0
     edge_bits: int = 8

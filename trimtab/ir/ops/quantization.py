@@ -24,7 +24,8 @@ class Quantize(Op):
 
     x is f32, scale f32, zero of any integer type; scale and zero broadcast to x. The bounds lie in the range of
     ``dtype``: 0 to 63 in u8 are 6 bits. As ONNX's QuantizeLinear: the division is rounded to f32 before it is rounded
-    to an integer, and the zero point is added after that.
+    to an integer, and the zero point is added after that. A scale lies between 2^-64 and 2^64: with another one
+    compiled code may take a quotient that is a unit in the last place off.
     """
 
     elementwise: ClassVar[bool] = True

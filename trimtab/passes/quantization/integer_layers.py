@@ -2,7 +2,8 @@
 
 For x with scale s and zero point z, and weights W with a scale w_n for each output n, the sums ``a = q_x q_W^T`` are
 exact, and ``y = (a - z sum_k q_W + b / (s w_n)) * (s w_n)``. The zero point and the bias, rounded to units of the sums,
-are one integer for each output. Factors of the channels of x are in the scale that x is rounded with, [K], and in W.
+are one integer for each output. Where the channels of x have factors, x is multiplied by their reciprocals first: a
+scale for each channel would have to divide each element.
 """
 
 from __future__ import annotations
@@ -89,13 +90,12 @@ class IntegerLayers:
         import torch
 
         integers = how.integers
-        units = torch.tensor(how.scale, dtype=torch.float32)
         if rounding.factors is not None:
-            units = (rounding.factors.double() * how.scale).float()
+            x = build(ops.Mul(x, build.weight("input.factors", 1 / rounding.factors)))
         zero = None
         if how.zero:
             zero = build.weight("input.zero", torch.tensor(how.zero, dtype=integers.dtype.to_torch()))
-        scale = build.weight("input.scale", units)
+        scale = build.weight("input.scale", torch.tensor(how.scale, dtype=torch.float32))
         return build(ops.Quantize(x, scale, zero, dtype=integers.dtype, low=integers.low, high=integers.high)), None
 
     @staticmethod

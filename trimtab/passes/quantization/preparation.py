@@ -23,7 +23,7 @@ class Rounding:
 
     Attributes:
         how: one scale for the whole tensor, or symmetric integers for scales that are computed for each row.
-        factors: what each channel is divided by before, f32 [K]; None for ones.
+        factors: whose reciprocals each channel is multiplied by before, f32 [K]; None for ones.
     """
 
     how: Affine | Integers
@@ -31,7 +31,7 @@ class Rounding:
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """The numbers that the integers of x ``[..., K]`` stand for, with the scale of x."""
-        scaled = x if self.factors is None else x / self.factors
+        scaled = x if self.factors is None else x * (1 / self.factors)
         if isinstance(self.how, Affine):
             scaled = self.how.rounded(scaled)
         else:

@@ -14,7 +14,7 @@ from trimtab.ir.dtypes import DType
 if TYPE_CHECKING:
     import torch
 
-LEAST_SCALE = 2.0**-100
+LEAST_SCALE = 2.0**-60
 """A scale is at least this, so that what is zero on all data has one."""
 _SHRINKS = 40
 """Clipping ranges that are tried for a weight's row: down to half of its largest element."""

@@ -205,6 +205,39 @@ def hoist_lets(expr: Expr) -> tuple[list[tuple[Any, Expr]], Expr]:
     return bindings, result
 
 
+def name_invariants(expr: Expr, written: Sequence[Any]) -> tuple[list[tuple[Any, Expr]], Expr]:
+    """What ``expr`` names by a let, computes from memory, and is the same for all elements.
+
+    Returns the bindings in order, and the expression without them: outside of all loops they are computed once. LLVM
+    leaves them inside where it cannot see that no loop writes to what they read.
+
+    Args:
+        expr: the value of an element.
+        written: buffers that the function itself writes.
+    """
+    outer: list[tuple[Any, Expr]] = []
+    names: set[Any] = set()
+
+    def is_invariant(value: Expr) -> bool:
+        loads = loads_of(value)
+        own = any(load.source.same_as(buffer) for load in loads for buffer in written)
+        return bool(loads) and not own and not variables_of(value) - names
+
+    lets, result = hoist_lets(expr)
+    inner = []
+    for var, value in lets:
+        if is_invariant(value):
+            outer.append((var, value))
+            names.add(var)
+        else:
+            inner.append((var, value))
+    if not outer:
+        return [], expr
+    for var, value in reversed(inner):
+        result = tirx.Let(var, value, result)
+    return outer, result
+
+
 def name_positions(expr: Expr, varying: Iterable[Any]) -> tuple[list[tuple[Any, Expr]], Expr]:
     """Positions that ``expr`` reads from memory and that do not depend on ``varying`` variables, each given a name.
 

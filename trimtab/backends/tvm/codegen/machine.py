@@ -58,6 +58,12 @@ class Machine:
         return None
 
     @property
+    def has_fma(self) -> bool:
+        """Whether the processor multiplies and adds with one rounding."""
+        known = {feature for isa in self.instruction_sets for feature in isa.features}
+        return bool(known & {"fma", "avx512f", "neon"})
+
+    @property
     def rounds_to_bf16(self) -> bool:
         """Whether an instruction rounds a vector of f32 to bf16."""
         return any("avx512bf16" in p.features for isa in self.instruction_sets for p in isa.products.values())

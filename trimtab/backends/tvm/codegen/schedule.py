@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tvm import ir, tirx
@@ -10,7 +11,7 @@ from tvm_ffi import structural_equal
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, find_contraction
 from trimtab.backends.tvm.codegen.elements import ElementKernel
-from trimtab.backends.tvm.codegen.expression import Expr, int_value, loads_of
+from trimtab.backends.tvm.codegen.expression import Expr, int_value, loads_of, name_invariants
 from trimtab.backends.tvm.codegen.gemm import ContractionKernel
 from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
@@ -35,14 +36,27 @@ def schedule_function(function: Any, machine: Machine) -> Any:
     program = read_program(function)
     if program is None:
         return function
-    program = inline_pointwise(program)
+    invariants, program = _name_invariants(inline_pointwise(program))
     segments = _segments(program, machine)
     body = sequence(*(_generate(program, segment, segments, machine) for segment in segments))
     if rounds([stage.value for stage in program.stages]):
         body = with_roundings(machine, body)
     shared = [b for b in program.temporaries if not _is_local(program, b, segments)]
-    body = sequence(*(tirx.AllocBuffer(buffer) for buffer in shared), body)
+    named = (tirx.Bind(var, value) for var, value in invariants)
+    body = sequence(*(tirx.AllocBuffer(buffer) for buffer in shared), *named, body)
     return tirx.PrimFunc(function.params, body, function.ret_type, function.attrs)
+
+
+def _name_invariants(program: Program) -> tuple[list[tuple[Any, Expr]], Program]:
+    """What is the same for all elements of a stage, such as the reciprocal of a scale, and the program without it."""
+    written = [stage.buffer for stage in program.stages]
+    named: list[tuple[Any, Expr]] = []
+    stages = []
+    for stage in program.stages:
+        found, value = name_invariants(stage.value, written)
+        named += found
+        stages.append(replace(stage, value=value) if found else stage)
+    return named, replace(program, stages=stages)
 
 
 Segment = Contraction | Window | list[Stage]

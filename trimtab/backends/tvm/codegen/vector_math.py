@@ -227,6 +227,22 @@ _ERF_DENOMINATOR = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438
                     -1.42647390514189e-02)  # fmt: skip
 
 
+def _reciprocal(x: Expr) -> Expr:
+    """``1 / x`` with a relative error of 2e-7, for an x of normal size that is not zero: half the time of a division.
+
+    The exponent is negated in the bits, which is right to 12 %, and three steps of Newton's square the error each.
+    """
+
+    def step(r: Expr, x: Expr) -> Expr:
+        return r * (f32(2.0) - x * r)
+
+    def steps(x: Expr) -> Expr:
+        first = _float(tirx.const(0x7EF311C7, "int32") - _bits(x))
+        return let(first, lambda a: let(step(a, x), lambda b: let(step(b, x), lambda c: step(c, x), "r"), "r"), "r")
+
+    return let(x, steps, "d")
+
+
 def erf(x: Expr) -> Expr:
     """Error function, relative error below 1e-6."""
 
@@ -237,7 +253,8 @@ def erf(x: Expr) -> Expr:
     return let(
         _clamp_keeping_nan(x, -4.0, 4.0),
         lambda y: let(
-            y * y, lambda s: saturated(y, y * _polynomial(s, _ERF_NUMERATOR) / _polynomial(s, _ERF_DENOMINATOR))
+            y * y,
+            lambda s: saturated(y, y * _polynomial(s, _ERF_NUMERATOR) * _reciprocal(_polynomial(s, _ERF_DENOMINATOR))),
         ),
     )
 

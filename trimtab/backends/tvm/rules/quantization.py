@@ -6,6 +6,8 @@ from typing import Any
 
 from tvm import te, tirx
 
+from trimtab.backends.tvm.codegen.division import divided_by_one
+from trimtab.backends.tvm.codegen.expression import let
 from trimtab.backends.tvm.rules.contraction import matrix_product
 from trimtab.backends.tvm.rules.convolution import padded, window_sums
 from trimtab.backends.tvm.rules.elementwise import select
@@ -29,16 +31,18 @@ SUM = "int32"
 @lowers(ops.Quantize)
 def _quantize(op: Any, scope: Scope, x: Operand, scale: Operand, zero: Operand | None) -> Any:
     shape = op.result.type.shape
+    one = all(size == 1 for size in scale.type.shape)
 
     def element(*at: Expr) -> Expr:
-        value = te.nearbyint(x.broadcast(at, shape) / scale.broadcast(at, shape))
+        value, unit = x.broadcast(at, shape), scale.broadcast(at, shape)
+        value = te.nearbyint(divided_by_one(value, unit, scope.machine) if one else value / unit)
         if zero is not None:
             value = value + cast(zero.broadcast(at, shape), "float32")
         low, high = const(float(op.low), "float32"), const(float(op.high), "float32")
         # In this order of the operands a NaN gives the bound.
-        value = select(value > low, value, low)
-        value = select(value < high, value, high)
-        return cast(tirx.Cast(SUM, value), tvm_dtype(op.dtype))
+        bounded = let(value, lambda v: select(v > low, v, low))
+        bounded = let(bounded, lambda v: select(v < high, v, high))
+        return cast(tirx.Cast(SUM, bounded), tvm_dtype(op.dtype))
 
     return compute(scope.shape(shape), element, op.name)
 
