@@ -16,7 +16,7 @@ from benchmark_models import BenchmarkModel
 from measuring import as_arrays
 from token_text import find_sentences, tokenizer_of_minilm
 
-BATCHES = 16
+BATCHES = 8
 """Batches to calibrate on."""
 Batch = dict[str, np.ndarray]
 
