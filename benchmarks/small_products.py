@@ -1,12 +1,13 @@
 """Linear layers on one to eight rows: how much of the memory's bandwidth they reach.
 
-    python benchmarks/small_products.py [--shapes 768x2304 ...] [--rows 1 2 4 8] [--precisions f32 bf16 f16-storage]
-                                        [--threads 2] [--megabytes 256] [--json FILE]
+    python benchmarks/small_products.py [--shapes 768x2304 ...] [--rows 1 2 4 8] [--threads 2] [--megabytes 256]
+                                        [--precisions f32 bf16 f16-storage i8 i4 i4-g32] [--json FILE]
 
 So few rows need every weight once and compute little with it, so reading the weights takes all the time.  A shape is
 K x N; layers of one shape, each with weights of its own, are computed one after the other until the weights are more
 than a cache holds.  Printed are the bytes that a kernel reads and writes per second, from the least time of each call,
 and their share of what a streaming read of memory reaches (machine_peaks.py, measured in the same run).
+``i8`` and ``i4`` are weights in groups of 128 with a scale for each, ``i4-g32`` in groups of 32.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ from trimtab.backends.tvm.peaks import measure_peaks
 from trimtab.cores import usable_cores
 
 SHAPES = ("768x768", "768x2304", "768x3072", "3072x768", "4096x4096")
-PRECISIONS = ("f32", "bf16", "f16-storage")
-_WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16-storage": 2}
+_GROUPS = {
+    "i8": "quantize-weights{bits=8,group=128}",
+    "i4": "quantize-weights{bits=4,group=128}",
+    "i4-g32": "quantize-weights{bits=4,group=32}",
+}
+"""Passes behind `cleanup` that make weights smaller than any precision does."""
+PRECISIONS = ("f32", "bf16", "f16-storage", *_GROUPS)
+_WEIGHT_BYTES = {"f32": 4, "bf16": 2, "f16-storage": 2, "i8": 1, "i4": 0.5, "i4-g32": 0.625}
 
 
 class Layers(nn.Module):
@@ -50,7 +57,10 @@ def measure(shape: str, precision: str, rows: list[int], threads: int, megabytes
     module = trimtab.trace(Layers(depth, columns, count).eval(), tuple(inputs))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layers.trim"
-        trimtab.compile(module, target="native", threads=threads, precision=precision).save(path)
+        options = {"precision": precision}
+        if precision in _GROUPS:
+            options = {"pipeline": f"cleanup,{_GROUPS[precision]}"}
+        trimtab.compile(module, target="native", threads=threads, **options).save(path, check=False)
         with trimtab.load(path, threads=threads) as session:
             profile = session.profile(*(x.numpy() for x in inputs), repeat=7)
     # Casts of inputs and outputs are kernels of their own, or parts of the product.

@@ -26,7 +26,7 @@ from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.backends.tvm.microkernels.tiles import tallest
 
 FEW_ROWS = 16
-"""Up to so many rows, widening the weights for each tile of rows is faster than through scratch: measured."""
+"""Up to so many rows weights are widened for each tile of rows, beyond that once for all of them, into scratch."""
 
 
 def scaled_product(contraction: Contraction, machine: Machine) -> Stmt:
