@@ -274,7 +274,8 @@ _add(ops.Quantize, "six-bits", f32(5, 16), f32(16), i32(16), dtype=DType.U8, low
      ranges={"scale": (0.05, 0.1), "zero": (20, 40)})  # fmt: skip
 _add(ops.Quantize, "special", f32(5, 16), f32(), dtype=DType.I8, low=-128, high=127, special=True,
      draw={"scale": lambda shape, generator: torch.full(shape, 0.0137)})  # fmt: skip
-_add(ops.Quantize, "special-channels", f32(5, 16), f32(16), dtype=DType.I8, low=-128, high=127, special=True)
+_add(ops.Quantize, "special-channels", f32(5, 16), f32(16), dtype=DType.I8, low=-128, high=127, special=True,
+     draw={"scale": lambda shape, generator: torch.rand(shape, generator=generator) + 0.01})  # fmt: skip
 _add(ops.Dequantize, "sums", i32(BATCH, 9, 16), f32(16), i32(16),
      ranges={"x": (-(1 << 31), 1 << 31), "scale": (0.01, 0.02), "zero": (-(1 << 31), 1 << 31)})  # fmt: skip
 _add(ops.Dequantize, "bytes", u8(9, 16), f32(), u8(), ranges={**U8_RANGE, "scale": (0.01, 0.02)})

@@ -53,7 +53,8 @@ def _name_invariants(program: Program) -> tuple[list[tuple[Any, Expr]], Program]
     named: list[tuple[Any, Expr]] = []
     stages = []
     for stage in program.stages:
-        found, value = name_invariants(stage.value, written)
+        # With no axis there is one element, and nothing to be had.
+        found, value = name_invariants(stage.value, written) if stage.axes else ([], stage.value)
         named += found
         stages.append(replace(stage, value=value) if found else stage)
     return named, replace(program, stages=stages)

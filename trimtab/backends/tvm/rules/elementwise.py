@@ -465,4 +465,12 @@ def _div(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
 
 @lowers(ops.Where)
 def _where(op: Any, scope: Scope, condition: Operand, x: Operand, y: Operand) -> Any:
-    return _pointwise(op, scope, lambda c, a, b: select(is_nonzero(c), a, b), condition, x, y)
+    def element(c: Expr, a: Expr, b: Expr) -> Expr:
+        chosen = is_nonzero(c)
+        if x.dtype == "bool":
+            # TVM turns selects between truth values in each other into code that it refuses.
+            mask, yes, no = (tirx.Cast("int8", value) for value in (chosen, a, b))
+            return ne(mask * yes + (const(1, "int8") - mask) * no, const(0, "int8"))
+        return select(chosen, a, b)
+
+    return _pointwise(op, scope, element, condition, x, y)
