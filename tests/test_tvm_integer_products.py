@@ -58,6 +58,21 @@ def test_sums_are_exact_for_ragged_sizes(target: str, dtype: DType, depth: int, 
         assert torch.equal(compiled(x)[0].long(), x.long() @ weight.long().T)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("depth", [3, 4, 8, 16, 20, 64, 200])
+def test_sums_of_single_results_keep_all_lanes(target: str, depth: int) -> None:
+    """LLVM takes such sums for a dot product of bytes, whose last lanes it once dropped."""
+    build = Builder()
+    x = build.input("x", TensorType(DType.U8, (3, 1, depth)))
+    y = build.input("y", TensorType(DType.I8, (3, depth, 1)))
+    product = build(ops.MatmulInteger(x, y))
+    build.output(build(ops.Dequantize(product, build.weight("scale", torch.tensor(0.5)))))
+    compiled = compiled_for(target, optimize(build.module, "group-fusions").module)
+    assert len(compiled.code.calls) == 1
+    x, y = torch.randint(0, 256, (3, 1, depth)).byte(), torch.randint(-128, 128, (3, depth, 1)).to(torch.int8)
+    assert torch.equal(compiled(x, y)[0], x.float() @ y.float() / 2)
+
+
 def test_a_norm_writes_integers_and_a_product_reads_them() -> None:
     build = Builder()
     x = build.input("x", TensorType(DType.F32, (6, 64)))
