@@ -6,7 +6,8 @@
 So few rows need every weight once and compute little with it, so reading the weights takes all the time.  A shape is
 K x N; layers of one shape, each with weights of its own, are computed one after the other until the weights are more
 than a cache holds.  Printed are the bytes that a kernel reads and writes per second, from the least time of each call,
-and their share of what a streaming read of memory reaches (machine_peaks.py, measured in the same run).
+and their share of what a streaming read of memory reaches.  That is measured before and after each line, of which the
+larger counts: on a shared machine it changes by a factor of two from one minute to the next.
 ``i8`` and ``i4`` are weights in groups of 128 with a scale for each, ``i4-g32`` in groups of 32.
 """
 
@@ -49,8 +50,10 @@ class Layers(nn.Module):
         return [layer(x) for x in inputs for layer in self.layers]
 
 
-def measure(shape: str, precision: str, rows: list[int], threads: int, megabytes: int) -> dict[int, float]:
-    """Bytes per second by number of rows."""
+def measure(
+    shape: str, precision: str, rows: list[int], threads: int, megabytes: int
+) -> tuple[dict[int, float], float]:
+    """Bytes per second by number of rows, and those of a streaming read at that time."""
     depth, columns = map(int, shape.split("x"))
     count = max(2, round(megabytes * 1e6 / (depth * columns * _WEIGHT_BYTES[precision])))
     inputs = [torch.randn(m, depth, generator=torch.Generator().manual_seed(m)) for m in rows]
@@ -62,7 +65,9 @@ def measure(shape: str, precision: str, rows: list[int], threads: int, megabytes
             options = {"pipeline": f"cleanup,{_GROUPS[precision]}"}
         trimtab.compile(module, target="native", threads=threads, **options).save(path, check=False)
         with trimtab.load(path, threads=threads) as session:
+            before = measure_peaks(threads).read_bandwidth
             profile = session.profile(*(x.numpy() for x in inputs), repeat=7)
+            bandwidth = max(before, measure_peaks(threads).read_bandwidth)
     # Casts of inputs and outputs are kernels of their own, or parts of the product.
     products = [event for event in profile.events if event.macs]
     found: dict[int, float] = {}
@@ -71,7 +76,7 @@ def measure(shape: str, precision: str, rows: list[int], threads: int, megabytes
         if len(own) != count:
             raise RuntimeError(f"{shape}, {precision}: expected {count} products of {m} rows, found {len(own)}")
         found[m] = sum(event.bytes for event in own) / sum(event.seconds for event in own)
-    return found
+    return found, bandwidth
 
 
 def main() -> int:
@@ -84,23 +89,23 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     try:
-        bandwidth = measure_peaks(args.threads).read_bandwidth
-        print(f"{args.threads} threads, memory {bandwidth / 1e9:.1f} GB/s; GB/s by number of rows (share of it)\n")
-        print(" ".join([f"{'K x N':>10}  {'weights':11}", *(f"{m:>12}" for m in args.rows)]), flush=True)
+        print(f"{args.threads} threads; GB/s of a streaming read, and by number of rows (share of that)\n")
+        print(" ".join([f"{'K x N':>10}  {'weights':11} {'read':>5}", *(f"{m:>12}" for m in args.rows)]), flush=True)
         results: list[dict[str, Any]] = []
         for precision in args.precisions:
             for shape in args.shapes:
-                found = measure(shape, precision, args.rows, args.threads, args.megabytes)
+                found, bandwidth = measure(shape, precision, args.rows, args.threads, args.megabytes)
                 cells = [f"{found[m] / 1e9:5.1f} ({found[m] / bandwidth:4.0%})" for m in args.rows]
-                print(" ".join([f"{shape:>10}  {precision:11}", *cells]), flush=True)
+                print(" ".join([f"{shape:>10}  {precision:11} {bandwidth / 1e9:5.1f}", *cells]), flush=True)
                 results += [
-                    {"shape": shape, "precision": precision, "rows": m, "bytes_per_second": found[m]} for m in args.rows
+                    {"shape": shape, "precision": precision, "rows": m, "bytes_per_second": found[m], "read": bandwidth}
+                    for m in args.rows
                 ]
     except TrimtabError as error:
         print(error, file=sys.stderr)
         return 1
     if args.json:
-        figures = {"threads": args.threads, "bandwidth": bandwidth, "results": results}
+        figures = {"threads": args.threads, "results": results}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 

@@ -45,6 +45,17 @@ def test_the_slower_of_two_instructions_does_not_count() -> None:
     assert (measured.f32_flops, measured.bf16_flops, measured.int8_ops) == (3.0, 0.0, 0.0)
 
 
+def test_threads_that_take_turns_do_not_add_up() -> None:
+    """Two threads of one burst a second each while both run; alone, one did two."""
+    first = [0.0, 1.0, 2.0, 3.0, 4.0, 4.5, 5.0]
+    second = [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert peaks.best_rate([first, second], window=2.0) == pytest.approx(2.0)
+    assert peaks.best_rate([first], window=1.0) == pytest.approx(2.0)
+    waiting = [0.0, 0.5, 1.0, 4.0, 4.5, 5.0]  # each is quick while the other waits
+    other = [0.0, 2.5, 3.0, 3.5, 4.0, 5.0]
+    assert peaks.best_rate([waiting, other], window=4.0) < 2.2
+
+
 def test_sums_fit_the_registers_and_cover_the_latency() -> None:
     # A sum may be renewed after 4 to 6 cycles, in which two units take 8 to 12 instructions; AVX2 has 16 registers.
     for each in INSTRUCTIONS:

@@ -36,6 +36,8 @@ _Loop: TypeAlias = Callable[[int, int], None]
 _BURST = 1e-3
 """Seconds of one measurement: shorter than what a busy system lets a thread run at a time."""
 
+_WINDOW = 8e-3
+"""Seconds that count: the best of all such times in which every thread was at work."""
 _SECONDS = 0.15
 """Seconds for which every thread repeats a measurement."""
 
@@ -80,7 +82,7 @@ class Peaks:
 
 
 def measure_peaks(threads: int) -> Peaks:
-    """Measure this machine with ``threads`` threads, each in its best moment: without what else the machine does.
+    """Measure this machine with ``threads`` threads in its best moment: without what else the machine does.
 
     Raises:
         UsageError: ``threads`` is less than one.
@@ -99,12 +101,12 @@ def measure_peaks(threads: int) -> Peaks:
 
 
 def _iterations_per_second(loop: _Loop, threads: int) -> float:
-    """The sum of what each thread reached in its best burst, while all of them were at it."""
+    """Iterations per second of all threads together."""
     count = 1000
     while (once := min(_seconds(loop, 0, count) for _ in range(3))) < _BURST / 4:
         count *= 4
     count = max(1, int(count * _BURST / once))
-    return sum(count / best for best in _best_bursts([functools.partial(loop, 0, count)] * threads))
+    return count * _bursts_per_second([functools.partial(loop, 0, count)] * threads)
 
 
 def _read_bandwidth(read: _Loop, threads: int) -> float:
@@ -118,26 +120,49 @@ def _read_bandwidth(read: _Loop, threads: int) -> float:
         places = itertools.cycle(start + (part * pieces + piece) * _PIECE_BYTES for piece in range(pieces))
         return lambda: read(next(places), blocks)
 
-    return sum(_PIECE_BYTES / best for best in _best_bursts([walk(part) for part in range(threads)]))
+    return _PIECE_BYTES * _bursts_per_second([walk(part) for part in range(threads)])
 
 
-def _best_bursts(jobs: Sequence[Callable[[], object]]) -> list[float]:
-    """For each job the fewest seconds that it took, all being repeated at the same time in a thread of its own each.
+def _bursts_per_second(jobs: Sequence[Callable[[], object]]) -> float:
+    """How often all jobs together are done in a second, each being repeated in a thread of its own.
 
     Foreign code runs without Python's lock, so that the threads do run at the same time.
     """
     barrier = threading.Barrier(len(jobs))
+    unfinished = set(range(len(jobs)))
 
-    def work(job: Callable[[], object]) -> float:
+    def work(number: int) -> list[float]:
+        jobs[number]()
         barrier.wait()
-        end = time.perf_counter() + _SECONDS
-        best = _seconds(job)
-        while time.perf_counter() < end:
-            best = min(best, _seconds(job))
-        return best
+        times = [time.perf_counter()]
+        while unfinished:  # until the last one is, so that some time is common to all
+            jobs[number]()
+            times.append(time.perf_counter())
+            if times[-1] >= times[0] + _SECONDS:
+                unfinished.discard(number)
+        return times
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        return list(pool.map(work, jobs))
+        return best_rate(list(pool.map(work, range(len(jobs)))), _WINDOW)
+
+
+def best_rate(ends: Sequence[Sequence[float]], window: float) -> float:
+    """Most bursts per second that all threads did together during some ``window``.
+
+    Not the sum of each thread's best: what threads share, like memory, one has for itself while another waits.
+
+    Args:
+        ends: for each thread the time of its start and of the end of each burst, in seconds, ascending.
+        window: seconds; shortened to the time in which all threads were at work.
+    """
+    first, last = max(times[0] for times in ends), min(times[-1] for times in ends)
+    window = min(window, last - first)
+    begins = np.array([time for times in ends for time in times if first <= time <= last - window])
+
+    def done(at: Any) -> Any:
+        return sum(np.interp(at, times, np.arange(len(times))) for times in ends)
+
+    return float((done(begins + window) - done(begins)).max() / window)
 
 
 def _seconds(function: Callable[..., object], *arguments: int) -> float:
