@@ -132,9 +132,10 @@ def test_tiles_that_share_a_panel_ask_for_all_of_it(kind: str, bytes: int) -> No
         lines = kernel.prefetch_depth * kernel.columns * bytes / 64
         assert kernel.prefetch_lines == max(1, math.ceil(lines / sharing))
         assert kernel.text.count("call void @llvm.prefetch.p0") == kernel.prefetch_lines
-    alone = microkernel(AVX512_VNNI, kind, 1, 64, sharing=1)
-    assert alone.prefetch_depth == 0
-    assert alone.text.count("call void @llvm.prefetch.p0") == lines * 4  # in each of the four parts of the depth
+    for rows, parts in (1, 2), (2, 1), (5, 1):
+        alone = microkernel(AVX512_VNNI, kind, rows, 64, sharing=1)
+        assert alone.prefetch_depth == 0
+        assert alone.text.count("call void @llvm.prefetch.p0") == lines * parts
 
 
 @pytest.mark.parametrize("isa", [AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16], ids=lambda isa: isa.name)

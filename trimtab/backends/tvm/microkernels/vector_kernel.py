@@ -11,8 +11,8 @@ from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, Product
 AHEAD_BYTES = 2048
 """How far ahead of where it reads a kernel asks for lines: as long as memory takes, and they stay in the cache."""
 SCALE_BYTES = 4
-PARTS = 4
-"""Places of a panel that are read at a time."""
+PARTS = 2
+"""Places of a panel that are read at a time, for one row."""
 
 
 class VectorKernel:
@@ -28,10 +28,11 @@ class VectorKernel:
             the multiply-add units busy when a tile is small.
         unroll: steps in an iteration of the loop over the depth, a multiple of ``sets``.
         lines: how many lines of ``%next`` an iteration of more than one step asks for.
-        alone: the kernel is for the only tile of a panel, which then comes from memory and not from a cache. It reads
-            ``PARTS`` parts of the depth side by side, because memory is faster where several places are read at a time,
-            and asks for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``. Integers with
-            scales are read in one place: what they are waiting for is mostly their conversion.
+        alone: the kernel is for the only tile of a panel, which then comes from memory and not from a cache. It asks
+            for the lines ``AHEAD_BYTES`` ahead of where it reads, instead of for ``%next``. For one row it reads
+            ``PARTS`` parts of the depth side by side, because memory is faster where several places are read at a time;
+            with more rows the parts drive each other out of the first-level cache. Integers with scales are read in one
+            place: what they are waiting for is mostly their conversion.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class VectorKernel:
         self.product, self.lanes, self.rows, self.columns = product, lanes, rows, vectors * lanes
         self.constraint = isa.register_constraint
         self.sets, self.unroll, self.lines, self.alone = sets, unroll, lines, alone
+        self.parts = PARTS if alone and rows == 1 and not isinstance(product, ScaledProduct) else 1
         self.type = f"<{lanes} x {'float' if product.c_dtype == 'f32' else 'i32'}>"
         self.add = "fadd" if product.c_dtype == "f32" else "add"
         self.span = lanes // product.rows_at_once  # columns of an accumulator
@@ -85,7 +87,7 @@ class VectorKernel:
                 a_offset, b, wanted, *sums = values
                 if self.alone and count > 1:
                     for line in range(0, count * self.columns * self.product.b_bytes, LINE_BYTES):
-                        f.prefetch(f.offset(b, AHEAD_BYTES + line), level=1)
+                        f.prefetch(f.offset(b, AHEAD_BYTES + line))
                 elif count > 1:
                     for _ in range(self.lines):
                         f.prefetch(wanted)
@@ -98,7 +100,7 @@ class VectorKernel:
 
             return body
 
-        if self.alone and not isinstance(self.product, ScaledProduct):
+        if self.parts > 1:
             values, steps = self._accumulate_parts(steps, list(zip(types, values, strict=True)))
         elif self.unroll > 1:
             values = f.loop(f.let(f"sdiv i64 {steps}, {self.unroll}"), list(zip(types, values, strict=True)),
@@ -113,10 +115,10 @@ class VectorKernel:
     def _accumulate_parts(self, steps: str, state: list[tuple[str, str]]) -> tuple[list[str], str]:
         """The state of the loop after equal parts of the depth, taken side by side, and the number of steps left."""
         f, size, p = self.f, self.accumulators, self.product
-        iterations = f.let(f"sdiv i64 {steps}, {self.unroll * PARTS}")
+        iterations = f.let(f"sdiv i64 {steps}, {self.unroll * self.parts}")
         part = f.let(f"mul i64 {iterations}, {self.unroll}")
         a_parts, b_parts = (
-            ["0", *(f.let(f"mul i64 {part}, {number * bytes}") for number in range(1, PARTS))]
+            ["0", *(f.let(f"mul i64 {part}, {number * bytes}") for number in range(1, self.parts))]
             for bytes in (p.a_bytes, self.columns * p.b_bytes)
         )
         span = self.unroll * self.columns * p.b_bytes
@@ -126,7 +128,7 @@ class VectorKernel:
             for number, (a_part, b_part) in enumerate(zip(a_parts, b_parts, strict=True)):
                 a, panel = f.let(f"add i64 {a_offset}, {a_part}"), f.offset(b, b_part)
                 for line in range(0, span, LINE_BYTES):
-                    f.prefetch(f.offset(panel, AHEAD_BYTES + line), level=1)
+                    f.prefetch(f.offset(panel, AHEAD_BYTES + line))
                 first = number % self.sets * size
                 place = slice(first, first + size)
                 for step in range(self.unroll):
@@ -134,7 +136,7 @@ class VectorKernel:
             return [f.let(f"add i64 {a_offset}, {self.unroll * p.a_bytes}"), f.offset(b, span), wanted, *sums]
 
         a_offset, b, *others = f.loop(iterations, state, body)
-        done = f.let(f"mul i64 {part}, {PARTS}")
+        done = f.let(f"mul i64 {part}, {self.parts}")
         after = [f.let(f"add i64 {a_offset}, {a_parts[-1]}"), f.offset(b, b_parts[-1]), *others]
         return after, f.let(f"sub i64 {steps}, {done}")
 
