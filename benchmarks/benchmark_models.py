@@ -24,6 +24,7 @@ from zoo_models import (
     deit_s,
     get,
     gpt2_small,
+    llama_1b,
     minilm_pretrained,
     resnet50,
     swin_t,
@@ -110,6 +111,11 @@ _ALL = (
 
 BENCHMARK_MODELS: dict[str, BenchmarkModel] = {entry.name: entry for entry in _ALL}
 """By name, in the order of the tables."""
+
+LARGE_MODELS: dict[str, BenchmarkModel] = {
+    "llama-1b-decode": BenchmarkModel("llama-1b-decode", llama_1b, length=128, cache=(22, 4, 64)),
+}
+"""Too large for benchmarks of many systems: gigabytes of weights, minutes to build and to compile."""
 
 TINY_MODELS: dict[str, BenchmarkModel] = {
     "tiny-bert": BenchmarkModel("tiny-bert", lambda: get("bert"), length=12),

@@ -1,7 +1,7 @@
 """Quantized models beside those of ONNX Runtime and of OpenVINO with NNCF: speed and error, in one run.
 
-    python benchmarks/quantization.py [--only speed digits text] [--models deit-s bert-base] [--runs 20] [--threads 2]
-                                      [--json FILE]
+    python benchmarks/quantization.py [--only speed digits text decode] [--models deit-s bert-base] [--runs 20]
+                                      [--threads 2] [--json FILE]
 
 speed: every system quantizes the same model on the same calibration batches, and computes the same fresh batch with the
 same number of threads; each is in a process of its own, and they take turns (cpu_peers.py). Printed are the median and
@@ -11,6 +11,9 @@ model in float64, relative to their length.
 digits: the accuracy of a small vision transformer trained on scikit-learn's digits, for bits from 8 down to 4.
 
 text: the mean cosine of quantized sentence embeddings of MiniLM to the original's, on 200 sentences.
+
+decode: one token of GPT-2 small and of a Llama of 1.1 billion parameters with weights of 4 bits, against the bandwidth
+of memory; needs 12 GB.
 """
 
 from __future__ import annotations
@@ -34,13 +37,14 @@ from cpu_peers_worker import Worker, WorkerError
 from machine_peaks import processor_name
 from measuring import take_turns
 from quantization_accuracy import digits_lines, text_lines
+from quantization_decode import decode_lines
 from quantization_inputs import batches, write_batches, write_expected
 from quantization_systems import SYSTEMS
 from trimtab.cores import usable_cores
 
 MODELS = ("deit-s", "deit-s-b8", "vit-b", "bert-base", "minilm-l6")
 OURS, OURS_F32 = "trimtab int8+bf16", "trimtab f32"
-PARTS = ("speed", "digits", "text")
+PARTS = ("speed", "digits", "text", "decode")
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.json:
             args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print("", *summary_lines(rows), sep="\n", flush=True)
-    parts: Mapping[str, Iterator[str]] = {"digits": digits_lines(), "text": text_lines()}
+    parts: Mapping[str, Iterator[str]] = {
+        "digits": digits_lines(),
+        "text": text_lines(),
+        "decode": decode_lines(args.threads, args.runs),
+    }
     for name, lines in parts.items():
         if name in args.only:
             print()

