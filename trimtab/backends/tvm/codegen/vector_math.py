@@ -4,8 +4,8 @@ TVM lowers ``exp``, ``erf``, ``tanh`` ... to libm calls, one scalar call per ele
 polynomials with range reduction, accurate to a few units in the last place, and pass NaN and infinities through.
 Coefficients of ``exp`` and ``log`` follow the Cephes library (S. Moshier, single precision); ``tanh`` is
 computed from ``expm1``; ``erf`` is the odd rational minimax approximation on [-4, 4] known from Eigen.  Double
-precision keeps libm.  Where the result is rounded to few bits at once, shorter polynomials do: to bfloat16 for
-``sigmoid``, whose error of 1e-4 is a fortieth of that of the rounding, to integers of a byte for ``erf`` also.
+precision keeps libm.  Where the result is rounded to bfloat16 at once, a shorter polynomial does for ``sigmoid``: its
+error of 1e-4 is a fortieth of that of the rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.comparison import eq
-from trimtab.backends.tvm.codegen.expression import CallRule, Expr, dtype_of, let
+from trimtab.backends.tvm.codegen.expression import CallRule, Expr, let
 from trimtab.backends.tvm.codegen.vector_rounding import is_rounding
 
 
@@ -259,44 +259,21 @@ def erf(x: Expr) -> Expr:
     )
 
 
-# Minimax on [-2.75, 2.75] for the error of erf(x) times max(x, 1), just above 1 at the end.
-_ERF_SHORT = (5.366034233e-06, -1.763600800e-04, 2.485919649e-03, -1.996881279e-02, 1.031079751e-01, -3.697375042e-01,
-              1.127130987)  # fmt: skip
-
-
-def erf_short(x: Expr) -> Expr:
-    """Error function, absolute error below 2.3e-4, and below 2e-4 of ``gelu``; exactly 1 and -1 from 2.75 on."""
-    return let(
-        _clamp_keeping_nan(x, -2.75, 2.75),
-        lambda y: let(
-            y * y,
-            lambda s: let(y * _polynomial(s, _ERF_SHORT), lambda v: _clamp_keeping_nan(v, -1.0, 1.0)),
-        ),
-    )
-
-
 _LOWERINGS: dict[str, Callable[[Expr], Expr]] = {
     "tirx.exp": exp, "tirx.tanh": tanh, "tirx.erf": erf, "tirx.log": log, "tirx.sigmoid": sigmoid,
 }  # fmt: skip
-_SHORT: dict[str, dict[str, Callable[[Expr], Expr]]] = {
-    "bfloat16": {"tirx.sigmoid": sigmoid_short},
-    "byte": {"tirx.sigmoid": sigmoid_short, "tirx.erf": erf_short},
-}
 
 
 def lowering_of(value: Expr) -> CallRule:
     """The rule for the calls in the value of an element: :func:`lower_call`, or a rougher one before rounding."""
     while isinstance(value, tirx.Let):
         value = value.body
-    if is_rounding(value):
-        short = _SHORT["bfloat16"]
-    elif isinstance(value, tirx.Cast) and dtype_of(value) in ("int8", "uint8"):
-        short = _SHORT["byte"]
-    else:
+    if not is_rounding(value):
         return lower_call
 
     def lower_roughly(name: str, dtype: str, args: list[Expr]) -> Expr | None:
-        return short[name](args[0]) if dtype == "float32" and name in short else lower_call(name, dtype, args)
+        is_short = name == "tirx.sigmoid" and dtype == "float32"
+        return sigmoid_short(args[0]) if is_short else lower_call(name, dtype, args)
 
     return lower_roughly
 
