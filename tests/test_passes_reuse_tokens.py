@@ -217,8 +217,7 @@ def test_gates_and_buffers_by_structure(kind: str) -> None:
     assert start.main.output_names == frame.main.output_names
     assert names[1:] == [name.replace("next", "state") for name in frame.main.output_names[1:]]
     taken, given, first = (
-        [value.type for value in values[1:]]
-        for values in (frame.main.inputs, frame.main.outputs, start.main.outputs)
+        [value.type for value in values[1:]] for values in (frame.main.inputs, frame.main.outputs, start.main.outputs)
     )
     assert taken == given == first
     assert all(value.type.shape[0] == frame.main.inputs[0].type.shape[0] for value in frame.main.inputs), "B, a symbol"
