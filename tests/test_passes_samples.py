@@ -52,6 +52,25 @@ def test_limit_of_an_index_is_the_smallest_axis_it_reaches() -> None:
     assert index_limits(b.module.main, {}) == {x: 7, y: 50}
 
 
+def test_divisors_are_not_zero() -> None:
+    b = Builder()
+    x, y = (b.input(name, TensorType(DType.I64, (200,))) for name in "xy")
+    divided = b(ops.Div(x, b(ops.Neg(y)), rounding="floor"))
+    b.output(divided, b(ops.Remainder(x, y)), b(ops.Fmod(y, x)))
+    for sample in generate_samples(b.module, Context(), 1e9):
+        assert all(bool((data != 0).all()) for data in sample.inputs)
+        interpret(b.module, sample.inputs)
+
+
+def test_indices_that_are_computed_stay_within_the_axis() -> None:
+    b = Builder()
+    x, at = b.input("x", TensorType(DType.F32, (4,))), b.input("at", TensorType(DType.I64, (40,)))
+    further = b(ops.Add(at, b.weight("two", torch.tensor([2]))))
+    b.output(b(ops.Gather(x, further, dim=0)))
+    for sample in generate_samples(b.module, Context(), 1e9):
+        interpret(b.module, sample.inputs)
+
+
 def test_samples_are_the_same_for_a_seed_and_fit_the_limit() -> None:
     b = Builder()
     x = b.input("x", TensorType(DType.F32, (BATCH, 16)))

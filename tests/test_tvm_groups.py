@@ -49,6 +49,15 @@ def check(module: Module, kernels: list[str], *batches: int) -> Compiled:
     return compiled
 
 
+def test_a_result_between_two_loops_over_the_rows_keeps_all_its_rows() -> None:
+    """The masks' maxima: three axes, which one index runs through. TVM cut them to the extent of the last."""
+    b = Builder()
+    x, mask = b.input("x", f32(2, 3, 40, 6)), b.input("mask", f32(2, 3, 40, 6))
+    masked = b(ops.Eq(b(ops.Amax(mask, dims=(3,), keepdim=True)), b.weight("none", torch.tensor([-math.inf]))))
+    b.output(b(ops.Where(masked, b.weight("zero", torch.zeros(1)), b(ops.Softmax(x, dim=3)))))
+    check(b.module, ["amax_eq_softmax_where"])
+
+
 # -- each form of kernel ----------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 Sizes are small: every symbol gets its smallest value in one sample, and a different small odd number in another, so
 that rewrites that only hold for one size, or mix up two axes, show.  Integers that reach an index operand stay below
-the size of the axis they index; other integers are 0 or 1, the values of masks and types.
+the size of the axis they index, and those that reach a divisor are not 0; other integers are 0 or 1, the values of
+masks and types.
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trimtab.errors import InputError
 from trimtab.ir.analysis.statistics import executions
 from trimtab.ir.core import Graph, Module, Value
 from trimtab.ir.dims import Dim, Symbol, evaluate
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
-from trimtab.ir.ops import Embedding, Fused, Gather, Index, IndexPut, IndexSelect, Scatter
+from trimtab.ir.ops import (
+    Div,
+    Embedding,
+    Fmod,
+    Fused,
+    Gather,
+    Index,
+    IndexPut,
+    IndexSelect,
+    Remainder,
+    Scatter,
+)
 from trimtab.ir.types import TensorType
 from trimtab.passes.base import Context
 
@@ -60,8 +73,7 @@ def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sam
     fitting = [name for name in bindings if costs[name] <= mac_limit] or [min(bindings, key=lambda n: costs[n])]
     samples = []
     for name in fitting:
-        limits = index_limits(graph, bindings[name])
-        inputs = tuple(_draw(value.type, bindings[name], limits.get(value, 2), generator) for value in graph.inputs)
+        inputs = _inputs(module, bindings[name], generator)
         samples.append(Sample(name, inputs, costs[name]))
     first = samples[0]
     if first.macs > SMALL_MACS:
@@ -69,6 +81,42 @@ def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sam
     special = tuple(_sprinkle(tensor, generator) for tensor in first.inputs)
     samples.append(Sample(f"{first.name}, with zeros, infinities and NaN", special, first.macs, special=True))
     return samples
+
+
+def _inputs(module: Module, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Random inputs that the module can be evaluated on."""
+    import torch
+
+    from trimtab.ir.interpreter import interpret
+
+    graph = module.main
+    limits, divisors = index_limits(graph, sizes), _divisors(graph)
+    inputs = tuple(_draw(v.type, sizes, limits.get(v, 2), v in divisors, generator) for v in graph.inputs)
+    if not _computes_indices(graph):
+        return inputs
+    try:
+        interpret(module, inputs)
+    except InputError:  # what is computed from small numbers may be too large; 0 is as small as they can be
+        pairs = zip(graph.inputs, inputs, strict=True)
+        return tuple(torch.zeros_like(data) if value in limits else data for value, data in pairs)
+    return inputs
+
+
+def _computes_indices(graph: Graph) -> bool:
+    """Whether an index is the result of an op on integers."""
+    sizes = smallest_sizes(graph)
+    return any(value.producer is not None for op in graph.ops for value, _ in _indexed_axes(op, sizes))
+
+
+def _divisors(graph: Graph) -> set[Value]:
+    """The integer inputs that reach a divisor through integers."""
+    reached: set[Value] = set()
+    for op in reversed(graph.ops):
+        if isinstance(op, Div | Fmod | Remainder) and op.y.type.dtype.is_integer:
+            reached.add(op.y)
+        if any(result in reached for result in op.results):
+            reached.update(value for value in op.operands if value.type.dtype.is_integer)
+    return reached & set(graph.inputs)
 
 
 def count_macs(module: Module, sizes: Mapping[str, int]) -> int:
@@ -128,13 +176,17 @@ def _ragged(graph: Graph) -> dict[str, int]:
     return {name: clip(symbol, symbol.min + size - 1 if symbol.min > 3 else size) for (name, symbol), size in sizes}
 
 
-def _draw(type: TensorType, sizes: Mapping[str, int], limit: int, generator: torch.Generator) -> torch.Tensor:
+def _draw(
+    type: TensorType, sizes: Mapping[str, int], limit: int, is_divisor: bool, generator: torch.Generator
+) -> torch.Tensor:
     import torch
 
     shape: Any = type.bind(sizes).shape
     dtype = type.dtype.to_torch()
     if type.dtype.is_floating:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    if is_divisor:
+        return torch.randint(1, max(limit, 4), shape, generator=generator, dtype=torch.int64).to(dtype)
     if type.dtype in (DType.I8, DType.U8):
         low, high = (-128, 128) if type.dtype is DType.I8 else (0, 256)
         if limit > 2:

@@ -274,6 +274,8 @@ class Code:
     def slice(self, x: Tensor, starts: Sequence[Dim], shape: Sequence[Dim], steps: Sequence[int]) -> Tensor:
         """Elements ``starts + i * steps`` along each axis."""
         type = x.type.with_shape(*shape)
+        if any(size == 0 for size in shape):  # it may start at the end, which is no place in x
+            return Tensor(self.empty(type), type)
         offsets, static_offsets = self.mixed(starts)
         sizes, static_sizes = self.mixed(shape)
         value = tensor.extract_slice(
@@ -283,6 +285,8 @@ class Code:
 
     def insert(self, piece: Tensor, into: Tensor, starts: Sequence[Dim]) -> Tensor:
         """``into`` with ``piece`` at ``starts``."""
+        if any(size == 0 for size in piece.shape):
+            return into
         offsets, static_offsets = self.mixed(starts)
         sizes, static_sizes = self.mixed(piece.shape)
         value = tensor.insert_slice(

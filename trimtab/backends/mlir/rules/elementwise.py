@@ -13,11 +13,13 @@ from trimtab.ir import ops
 from trimtab.ir.dtypes import DType
 
 
-def _elementwise(*classes: type[Any]) -> Callable[[Callable[..., Scalar]], Callable[..., Scalar]]:
-    """Register a function ``(op, *elements) -> element``."""
+def _elementwise(
+    *classes: type[Any], check: Callable[[Any], str] = lambda op: ""
+) -> Callable[[Callable[..., Scalar]], Callable[..., Scalar]]:
+    """Register a function ``(op, *elements) -> element``; ``check`` as in :func:`lowers`."""
 
     def register(body: Callable[..., Scalar]) -> Callable[..., Scalar]:
-        @lowers(*classes)
+        @lowers(*classes, check=check)
         def rule(op: Any, code: Code, *operands: Tensor) -> Tensor:
             return code.elementwise(op.result.type, operands, lambda *elements: body(op, *elements))
 
@@ -222,7 +224,11 @@ def _integer_power(x: Scalar, y: Scalar) -> Scalar:
     return select(y < 0, unit, result)
 
 
-@_elementwise(ops.Remainder)
+def _rest_of_doubles(op: Any) -> str:
+    return "IREE has no code for the rest of a division of f64" if op.result.type.dtype is DType.F64 else ""
+
+
+@_elementwise(ops.Remainder, check=_rest_of_doubles)
 def _remainder(op: Any, x: Scalar, y: Scalar) -> Scalar:
     rest = x % y
     if not x.is_float and not x.is_signed:
@@ -231,7 +237,7 @@ def _remainder(op: Any, x: Scalar, y: Scalar) -> Scalar:
     return select(rest.differs(0) & other_sign, rest + y, rest)
 
 
-@_elementwise(ops.Fmod)
+@_elementwise(ops.Fmod, check=_rest_of_doubles)
 def _fmod(op: Any, x: Scalar, y: Scalar) -> Scalar:
     return x % y
 

@@ -32,6 +32,11 @@ def _expand(op: Any, code: Code, x: Tensor) -> Tensor:
 def _cut(code: Code, x: Tensor, dim: int, start: Dim, length: Dim, step: int = 1) -> Tensor:
     starts = [start if axis == dim else 0 for axis in range(x.rank)]
     shape = [length if axis == dim else size for axis, size in enumerate(x.shape)]
+    if dim == x.rank - 1 and (step != 1 or length == 1) and x.shape[dim] != length:
+        # Read by another loop, such a slice is a memory access with strides inside, at which IREE 3.13 can fail.
+        first = Scalar(code.size(start), None)
+        type = x.type.with_shape(*shape)
+        return code.compute(type, lambda at: code.load(x, [*at[:-1], at[-1] * step + first]))
     return code.slice(x, starts, shape, [step if axis == dim else 1 for axis in range(x.rank)])
 
 

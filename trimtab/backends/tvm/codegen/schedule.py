@@ -11,7 +11,7 @@ from tvm_ffi import structural_equal
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, find_contraction
 from trimtab.backends.tvm.codegen.elements import ElementKernel
-from trimtab.backends.tvm.codegen.expression import Expr, int_value, loads_of, name_invariants
+from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, loads_of, name_invariants, product
 from trimtab.backends.tvm.codegen.gemm import ContractionKernel
 from trimtab.backends.tvm.codegen.loops import Stmt, sequence
 from trimtab.backends.tvm.codegen.machine import Machine
@@ -43,8 +43,18 @@ def schedule_function(function: Any, machine: Machine) -> Any:
         body = with_roundings(machine, body)
     shared = [b for b in program.temporaries if not _is_local(program, b, segments)]
     named = (tirx.Bind(var, value) for var, value in invariants)
-    body = sequence(*(tirx.AllocBuffer(buffer) for buffer in shared), *named, body)
+    body = sequence(*(_allocated(buffer) for buffer in shared), *named, body)
     return tirx.PrimFunc(function.params, body, function.ret_type, function.attrs)
+
+
+def _allocated(buffer: Any) -> Stmt:
+    """Memory for all of ``buffer``.
+
+    TVM cuts what it allocates to the ranges that it sees indices in, each within its axis, but one index may run
+    through several axes here. It leaves alone a buffer whose address is taken, even where nobody wants the address.
+    """
+    size = product([as_index(extent) for extent in buffer.shape])
+    return sequence(tirx.AllocBuffer(buffer), tirx.Evaluate(buffer.access_ptr("rw", extent=size)))
 
 
 def _name_invariants(program: Program) -> tuple[list[tuple[Any, Expr]], Program]:
