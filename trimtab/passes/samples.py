@@ -73,7 +73,7 @@ def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sam
     fitting = [name for name in bindings if costs[name] <= mac_limit] or [min(bindings, key=lambda n: costs[n])]
     samples = []
     for name in fitting:
-        inputs = _inputs(module, bindings[name], generator)
+        inputs = _inputs(module, bindings[name], generator, costs[name] <= SMALL_MACS)
         samples.append(Sample(name, inputs, costs[name]))
     first = samples[0]
     if first.macs > SMALL_MACS:
@@ -83,8 +83,10 @@ def generate_samples(module: Module, ctx: Context, mac_limit: float) -> list[Sam
     return samples
 
 
-def _inputs(module: Module, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Random inputs that the module can be evaluated on."""
+def _inputs(
+    module: Module, sizes: Mapping[str, int], generator: torch.Generator, try_out: bool
+) -> tuple[torch.Tensor, ...]:
+    """Random inputs that the module can be evaluated on, which is tried where it is in doubt and ``try_out``."""
     import torch
 
     from trimtab.ir.interpreter import interpret
@@ -92,7 +94,7 @@ def _inputs(module: Module, sizes: Mapping[str, int], generator: torch.Generator
     graph = module.main
     limits, divisors = index_limits(graph, sizes), _divisors(graph)
     inputs = tuple(_draw(v.type, sizes, limits.get(v, 2), v in divisors, generator) for v in graph.inputs)
-    if not _computes_indices(graph):
+    if not (try_out and _computes_indices(graph)):
         return inputs
     try:
         interpret(module, inputs)

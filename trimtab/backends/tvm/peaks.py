@@ -157,7 +157,7 @@ def best_rate(ends: Sequence[Sequence[float]], window: float) -> float:
     """
     first, last = max(times[0] for times in ends), min(times[-1] for times in ends)
     window = min(window, last - first)
-    begins = np.array([time for times in ends for time in times if first <= time <= last - window])
+    begins = np.array([first, *(time for times in ends for time in times if first < time <= last - window)])
 
     def done(at: Any) -> Any:
         return sum(np.interp(at, times, np.arange(len(times))) for times in ends)
