@@ -49,6 +49,13 @@ def check(module: Module, kernels: list[str], *batches: int) -> Compiled:
     return compiled
 
 
+def test_a_slice_in_the_middle_of_a_pad_is_computed_at_the_place_that_the_pad_names() -> None:
+    b = Builder()
+    x = b.input("x", f32(20, 10, 3))
+    b.output(b(ops.Pad(b(ops.Slice(x, dim=0, start=5, stop=15)), before=(0, 2, 0), after=(0, 2, 0))))
+    check(b.module, ["slice_pad"])
+
+
 def test_a_result_between_two_loops_over_the_rows_keeps_all_its_rows() -> None:
     """The masks' maxima: three axes, which one index runs through. TVM cut them to the extent of the last."""
     b = Builder()

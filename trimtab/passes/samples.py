@@ -116,6 +116,9 @@ def _divisors(graph: Graph) -> set[Value]:
     for op in reversed(graph.ops):
         if isinstance(op, Div | Fmod | Remainder) and op.y.type.dtype.is_integer:
             reached.add(op.y)
+        if isinstance(op, Fused):
+            inside = _divisors(op.body)
+            reached.update(v for v, own in zip(op.inputs, op.body.inputs, strict=True) if own in inside)
         if any(result in reached for result in op.results):
             reached.update(value for value in op.operands if value.type.dtype.is_integer)
     return reached & set(graph.inputs)

@@ -7,6 +7,7 @@ generators work on, and returns None for anything else (hand-written loops stay 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,12 +188,17 @@ def _inlined(stage: Stage, reader: Stage) -> Expr | None:
     is_costly = any(isinstance(node, tirx.Div | ir.Call) for node in visit_nodes(stage.value))
     if is_costly and any(axis not in axes for axis in wide):
         return None
-    value = rewrite(stage.value, dict(zip(stage.axes, at, strict=True)))
+
+    def element(indices: Sequence[Expr]) -> Expr:
+        return rewrite(stage.value, dict(zip(stage.axes, indices, strict=True)))
+
     if not others:
-        return rewrite(reader.value, load=lambda buffer, indices: value if buffer.same_as(stage.buffer) else None)
+        # At the indices as they are rewritten: what a let names in them has another name by then.
+        return rewrite(reader.value, load=lambda buffer, at: element(at) if buffer.same_as(stage.buffer) else None)
     named = {node.var for node in visit_nodes(reader.value) if isinstance(node, tirx.Let)}
     if axes & named or not all(all(map(structural_equal, load.indices, at)) for load in others):
         return None
+    value = element(at)
     var = tirx.Var(stage.name, value.ty)
     body = rewrite(reader.value, load=lambda buffer, indices: var if buffer.same_as(stage.buffer) else None)
     return tirx.Let(var, value, body)
