@@ -60,7 +60,8 @@ def _line(module: trimtab.Module, entry: BenchmarkModel, label: str, passes: str
                 begin = time.perf_counter()
                 session(*inputs)
                 seconds.append(time.perf_counter() - begin)
-            products = [event for event in session.profile(*inputs, repeat=runs).events if "linear" in event.name]
+            events = session.profile(*inputs, repeat=runs).events
+            products = [event for event in events if any(op.startswith("linear") for op in event.ops)]
             read = max(before, measure_peaks(threads).read_bandwidth)
     size = sum(event.bytes for event in products)
     rates = [size / sum(event.seconds for event in products), size / statistics.median(seconds[2:])]

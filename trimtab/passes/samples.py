@@ -93,7 +93,9 @@ def _inputs(
 
     graph = module.main
     limits, divisors = index_limits(graph, sizes), _divisors(graph)
-    inputs = tuple(_draw(v.type, sizes, limits.get(v, 2), v in divisors, generator) for v in graph.inputs)
+    inputs = tuple(
+        _draw(v.type, sizes, limits.get(v, 4 if v in divisors else 2), v in divisors, generator) for v in graph.inputs
+    )
     if not (try_out and _computes_indices(graph)):
         return inputs
     try:
@@ -191,7 +193,7 @@ def _draw(
     if type.dtype.is_floating:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     if is_divisor:
-        return torch.randint(1, max(limit, 4), shape, generator=generator, dtype=torch.int64).to(dtype)
+        return torch.randint(1, max(limit, 2), shape, generator=generator, dtype=torch.int64).to(dtype)
     if type.dtype in (DType.I8, DType.U8):
         low, high = (-128, 128) if type.dtype is DType.I8 else (0, 256)
         if limit > 2:
