@@ -29,11 +29,11 @@ def decode_lines(threads: int, runs: int, models: Sequence[str] = MODELS) -> Ite
     """Milliseconds per token, and bytes per second of the products and of the whole call.
 
     The bandwidth is that of a streaming read, measured before and after; the larger counts. Bytes of a product are
-    those of its weights, scales, inputs and result. For the whole call the bytes are those of all products, so its
-    share is the least that can be said.
+    those of its weights, scales, inputs and result. For the whole call, the first figure counts those of all products
+    alone; the second also what the caller gives and gets, which is the cache, once each.
     """
     yield f"one token with 128 in the cache, {threads} threads; GB/s, and share of a streaming read at that time"
-    yield f"{'model':16s} {'weights':14s} {'ms':>8s} {'best':>8s} {'read':>5s} {'products':>13s} {'whole call':>13s}"
+    yield f"{'model':16s} {'weights':14s} {'ms':>8s} {'best':>8s} {'read':>5s} {'products':>13s} {'whole call':>13s} {'with cache':>13s}"
     known = {**BENCHMARK_MODELS, **LARGE_MODELS, **TINY_MODELS}
     for name in models:
         entry = known[name]
@@ -58,17 +58,19 @@ def _line(module: trimtab.Module, entry: BenchmarkModel, label: str, passes: str
             seconds = []
             for _ in range(runs + 2):
                 begin = time.perf_counter()
-                session(*inputs)
+                outputs = session(*inputs)
                 seconds.append(time.perf_counter() - begin)
             events = session.profile(*inputs, repeat=runs).events
             products = [event for event in events if any(op.startswith("linear") for op in event.ops)]
             read = max(before, measure_peaks(threads).read_bandwidth)
     size = sum(event.bytes for event in products)
-    rates = [size / sum(event.seconds for event in products), size / statistics.median(seconds[2:])]
+    whole = statistics.median(seconds[2:])
+    given = sum(value.nbytes for value in (*inputs, *outputs))
+    rates = [size / sum(event.seconds for event in products), size / whole, (size + given) / whole]
     cells = [f"{rate / 1e9:5.1f} ({rate / read:4.0%})" for rate in rates]
     return (
-        f"{entry.name:16s} {label:14s} {statistics.median(seconds[2:]) * 1e3:8.2f} {min(seconds) * 1e3:8.2f} "
-        f"{read / 1e9:5.1f} {cells[0]:>13s} {cells[1]:>13s}"
+        f"{entry.name:16s} {label:14s} {whole * 1e3:8.2f} {min(seconds) * 1e3:8.2f} "
+        f"{read / 1e9:5.1f} {cells[0]:>13s} {cells[1]:>13s} {cells[2]:>13s}"
     )
 
 

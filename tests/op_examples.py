@@ -308,6 +308,10 @@ _add(ops.ConvInteger, "padded", u8(2, 8, 7, 9), i8(6, 4, 3, 3), u8(1), groups=2,
      ranges={**U8_RANGE, **_EXTREMES, "zero": (100, 140)}, **{**_PLAIN, "padding": (1, 1)})  # fmt: skip
 _add(ops.ConvInteger, "channels-last", i8(2, 7, 9, 8), i8(6, 8, 3, 3), channels_last=True,
      ranges={**I8_RANGE, **_EXTREMES}, **{**_PLAIN, "padding": (1, 1)})  # fmt: skip
+_add(ops.ConvInteger, "border", u8(2, 4, 7, 9), i8(6, 4, 3, 2), border=200,
+     ranges={**U8_RANGE, **_EXTREMES}, **{**_PLAIN, "padding": (1, 2), "stride": (2, 1)})  # fmt: skip
+_add(ops.ConvInteger, "border-channels-last", u8(BATCH, 9, 8, 8), i8(40, 8, 3, 3), border=77, channels_last=True,
+     ranges={**U8_RANGE, **_EXTREMES}, **{**_PLAIN, "padding": (1, 1)})  # fmt: skip
 _add(ops.LinearGroupwise, "bytes", f32(BATCH, 64), i8(40, 64), f32(40, 2), group=32,
      ranges={"weight": (-128, 128), "scale": (0.001, 0.01)})  # fmt: skip
 _add(ops.LinearGroupwise, "zeros", f32(3, 5, 64), u8(40, 64), f32(40, 4), u8(40, 4), f32(40), group=16,

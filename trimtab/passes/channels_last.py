@@ -20,6 +20,7 @@ from trimtab.passes.permute_regions import Carriers, reduced_before, turn_where_
 
 _LAST_TO_SECOND = (0, 3, 1, 2)
 """The permute of ``[B, H, W, C]`` to ``[B, C, H, W]``."""
+_CONVOLUTIONS = (ops.Conv2d, ops.ConvInteger)
 _POOLING = (ops.MaxPool2d, ops.AvgPool2d, ops.AdaptiveAvgPool2d)
 _MACS_PER_BYTE = 8
 """Multiply-accumulates of a convolution for which channels last save the time in which a byte is permuted."""
@@ -43,7 +44,7 @@ class ChannelsLast(Pass):
         kernels = {op.body for op in module.walk() if isinstance(op, ops.Fused)}
         changed = False
         for graph in [graph for graph in module.all_graphs() if graph not in kernels]:
-            starts = [op for op in graph.ops if isinstance(op, ops.Conv2d)]
+            starts = [op for op in graph.ops if isinstance(op, _CONVOLUTIONS)]
             changed |= turn_where_better(
                 module, graph, _LAST_TO_SECOND, starts, Carriers(_turned, _gain), ctx, self.name
             )
@@ -58,21 +59,23 @@ class ChannelsLast(Pass):
 
 
 def _turned(op: Op, dims: tuple[int, ...]) -> dict[str, Any] | None:
-    if isinstance(op, (ops.Conv2d, *_POOLING)):
+    if isinstance(op, (*_CONVOLUTIONS, *_POOLING)):
         return None if op.attributes["channels_last"] else {"channels_last": True}
     return turned_attributes(op, dims)
 
 
 def _gain(op: Op) -> Dim:
-    return op.macs() // _MACS_PER_BYTE if isinstance(op, ops.Conv2d) else 0
+    return op.macs() // _MACS_PER_BYTE if isinstance(op, _CONVOLUTIONS) else 0
 
 
 def _as_linear(op: Op, build: Builder) -> Value | None:
     """A convolution of one pixel at a time as a linear layer."""
-    if not isinstance(op, ops.Conv2d) or not op.channels_last or op.groups != 1:
+    if not isinstance(op, _CONVOLUTIONS) or not op.channels_last or op.groups != 1:
         return None
     if (*op.weight.type.shape[2:], *op.stride) != (1, 1, 1, 1) or any(op.padding):
         return None
+    if isinstance(op, ops.ConvInteger):
+        return build(ops.LinearInteger(op.x, _matrix(op.weight, build))) if op.zero is None else None
     return build(ops.Linear(op.x, _matrix(op.weight, build), op.bias))
 
 

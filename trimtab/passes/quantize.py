@@ -1,4 +1,4 @@
-"""Post-training quantization of linear layers to products of integers."""
+"""Post-training quantization of linear layers and convolutions to products of integers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from trimtab.passes.quantization.timing import Times, Timing
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Compute linear layers as products of 8-bit integers, with all else in float.
+    """Compute linear layers and convolutions as products of 8-bit integers, with all else in float.
 
     Weights have a scale for each output channel, inputs one for the whole tensor with a zero point, from calibration
-    data (``inputs=tensor``), or one for each row that is computed as it comes and needs no data (``inputs=row``). The
-    residual stream, norms, softmax and attention stay in float; an input that several layers read is rounded once, and
-    a weight that several read stays one.
+    data (``inputs=tensor``), or one for each row that is computed as it comes and needs no data (``inputs=row``, which
+    leaves convolutions in float). The residual stream, norms, softmax, attention and convolutions with groups stay in
+    float; an input that several layers read is rounded once, and a weight that several read stays one.
 
     ``bits`` and ``input_bits`` (0: as ``bits``) may be fewer than 8; the products are still those of bytes. Layers that
     read the module's input or make its output keep ``edge_bits``. ``observer`` finds the range of an input: minmax,
@@ -87,7 +87,7 @@ class Quantize(Pass):
         if self.residual:
             round_residuals(module, ctx.calibration, self.name)
         floats = sum(bits == FLOAT for bits in chosen)
-        ctx.note(f"{len(sites) - floats} linear layers compute with integers" + (f", {floats} in float" * bool(floats)))
+        ctx.note(f"{len(sites) - floats} layers compute with integers" + (f", {floats} in float" * bool(floats)))
         return floats < len(sites) or self.residual
 
     def _check(self, ctx: Context) -> None:
@@ -105,6 +105,8 @@ class Quantize(Pass):
             )
 
     def _bits(self, site: Site) -> Bits:
+        if site.is_convolution and self.inputs == "row":
+            return FLOAT  # a window has elements of many rows
         least = self.edge_bits if site.is_edge else 0
         return Bits(max(least, self.bits), max(least, self.input_bits or self.bits))
 
@@ -124,6 +126,7 @@ class Quantize(Pass):
             n: timing.of(site, inputs.rounding(n, bits), inputs.weight(n, bits))
             for n, site in enumerate(sites)
             for bits in [self._bits(site)]
+            if bits != FLOAT
         }
 
     def _prepare(self, module: Module, sites: Sequence[Site], ctx: Context) -> Preparation:
@@ -132,7 +135,8 @@ class Quantize(Pass):
             self.observer if by_tensor else "", by_tensor and self.factors and has_data, self.feedback and has_data,
             self.statistics if by_tensor else "",
         )  # fmt: skip
-        seen = see_inputs(module, list(dict.fromkeys(site.x for site in sites)), wanted, ctx, self.name)
+        of_linear = {site.x for site in sites} - {site.x for site in sites if site.is_convolution}
+        seen = see_inputs(module, list(dict.fromkeys(site.x for site in sites)), of_linear, wanted, ctx, self.name)
         return Preparation(module, sites, seen, self.search or self.bits < 8)
 
     def _rewrite(self, module: Module, chosen: Sequence[Bits], preparation: Preparation) -> Module:

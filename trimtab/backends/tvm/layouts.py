@@ -268,7 +268,7 @@ def _taps(weight: Weight, readers: Sequence[Use], machine: Machine) -> Layout:
         return Layout("taps", *narrow)
     work = "float64" if weight.type.dtype.bits == 64 else "float32"
     line = op.result.type.shape[2]
-    tile = choose_tile(machine, work, line if isinstance(line, int) else None, outputs)
+    tile = choose_tile(machine, work, line if isinstance(line, int) else None, outputs, in_lines=True)
     return Layout("taps", tile.columns)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.errors import VerificationError
 from trimtab.ir.core import Value
 from trimtab.ir.dims import Dim, product
 from trimtab.ir.dtypes import DType
@@ -128,8 +129,10 @@ class MatmulInteger(Op):
 class ConvInteger(Op):
     """Cross-correlation of integers: x u8 or i8 ``[B, C, H, W]``, weight i8 ``[O, C/groups, kh, kw]``, result i32.
 
-    ``zero``, one integer of x's type, is subtracted from x before the borders of zeros are added. With
-    ``channels_last``, x is ``[B, H, W, C]`` and the result ``[B, H', W', O]``; the weight is the same.
+    ``zero``, one integer of x's type, is subtracted from x before the borders of zeros are added. Where the sums are
+    corrected for the zero point afterwards, ``border`` fills the borders with it: an integer of x's type, for which
+    there is no ``zero``. With ``channels_last``, x is ``[B, H, W, C]`` and the result ``[B, H', W', O]``; the weight is
+    the same.
     """
 
     x: Value
@@ -139,18 +142,31 @@ class ConvInteger(Op):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    border: int = 0
     channels_last: bool = False
 
     @staticmethod
     def reference(
         x: Tensor, weight: Tensor, zero: Tensor | None, *, stride: tuple[int, ...], padding: tuple[int, ...],
-        dilation: tuple[int, ...], groups: int, channels_last: bool,
+        dilation: tuple[int, ...], groups: int, border: int, channels_last: bool,
     ) -> Tensor:  # fmt: skip
         _check_bytes(x, weight)
         centred = x.double() if zero is None else x.double() - zero.double()
         centred = centred.permute(0, 3, 1, 2) if channels_last else centred
-        y = _wrapped(F.conv2d(centred, weight.double(), None, stride, padding, dilation, groups))
+        sides = [size for size in reversed(padding) for _ in range(2)]
+        centred = F.pad(centred, sides, value=float(border))
+        y = _wrapped(F.conv2d(centred, weight.double(), None, stride, 0, dilation, groups))
         return y.permute(0, 2, 3, 1) if channels_last else y
+
+    def verify(self) -> None:
+        limits = torch.iinfo(self.x.type.dtype.to_torch())
+        if (self.border and self.zero is not None) or not limits.min <= self.border <= limits.max:
+            raise VerificationError(
+                "conv_integer has a border that it cannot have",
+                values={"border": self.border, "x": self.x.type, "zero": self.zero},
+                rule="the border is an integer of x's type, and 0 where there is a zero point",
+                location=self.location,
+            )
 
     def macs(self) -> Dim:
         return self.result.type.elements * product(self.weight.type.shape[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,8 +58,12 @@ class SeenInputs:
         return same.range()
 
 
-def see_inputs(module: Module, inputs: Sequence[Value], wanted: Wanted, ctx: Context, what: str) -> SeenInputs:
+def see_inputs(
+    module: Module, inputs: Sequence[Value], rows: Collection[Value], wanted: Wanted, ctx: Context, what: str
+) -> SeenInputs:
     """Run ``module`` on the calibration data, if there is any need to, and see ``inputs``.
+
+    Samples and moments are of those in ``rows``, whose last axis is that of the channels.
 
     Raises:
         CalibrationError: there is no data but need for it, it is not finite, or the file of statistics does not fit.
@@ -72,9 +76,9 @@ def see_inputs(module: Module, inputs: Sequence[Value], wanted: Wanted, ctx: Con
     elif wanted.observer:
         seen.observers = {x: make_observer(wanted.observer) for x in inputs}
     if wanted.samples:
-        seen.samples = {x: InputSample(ctx.generator(f"{what} {n}")) for n, x in enumerate(inputs)}
+        seen.samples = {x: InputSample(ctx.generator(f"{what} {n}")) for n, x in enumerate(inputs) if x in rows}
     if wanted.moments:
-        seen.moments = {x: Moments(_channels(x)) for x in inputs}
+        seen.moments = {x: Moments(_channels(x)) for x in inputs if x in rows}
     watched = {x: _All(_watchers(seen, x, known)) for x in inputs}
     if any(its.watchers for its in watched.values()):
         observe(module, watched, ctx.calibration, what=what)

@@ -1,8 +1,9 @@
-"""A linear layer as a product of integers: rounding of its input, the product, and what makes real numbers of the sums.
+"""A layer as a product of integers: rounding of its input, the product, and what makes real numbers of the sums.
 
 For x with scale s and zero point z, and weights W with a scale w_n for each output n, the sums ``a = q_x q_W^T`` are
 exact, and ``y = (a - z sum_k q_W + b / (s w_n)) * (s w_n)``. The zero point and the bias, rounded to units of the sums,
-are one integer for each output. Where the channels of x have factors, x is multiplied by their reciprocals first: a
+are one integer for each output. The borders of a convolution are filled with the zero point, so that its sums need no
+other correction. Where the channels of x have factors, x is multiplied by their reciprocals first: a
 scale for each channel would have to divide each element.
 """
 
@@ -14,6 +15,7 @@ from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Module, Value
 from trimtab.ir.dtypes import DType
+from trimtab.ir.op import Op
 from trimtab.passes.quantization.preparation import Rounding, Stored
 from trimtab.passes.quantization.scales import LEAST_SCALE, Affine, Integers
 from trimtab.passes.quantization.sites import Site
@@ -50,23 +52,35 @@ class IntegerLayers:
         if weight not in self._weights:
             self._weights[weight] = build.weight(f"{name}.i8", weight.integers)
         rounded, row_scale = self._input(build, op.x, rounding)
-        total = build(ops.LinearInteger(rounded, self._weights[weight]))
+        total = build(self._sums(site, rounded, self._weights[weight], how))
+        per_output = (-1,) if not site.is_convolution else (-1, 1, 1)  # the shape that broadcasts to the sums
         if isinstance(how, Affine):
             scale = (weight.scales.double() * how.scale).float()
-            offset = weight.integers.long().sum(1) * how.zero
+            offset = weight.integers.long().flatten(1).sum(1) * how.zero
             units = self._in_units(bias, scale)
             if units is not None:
                 offset, bias = offset - units, None
-            zero = build.weight(f"{name}.zero", offset.to(torch.int32)) if bool(offset.any()) else None
-            y = build(ops.Dequantize(total, build.weight(f"{name}.scale", scale), zero))
+            zero = None
+            if bool(offset.any()):
+                zero = build.weight(f"{name}.zero", offset.to(torch.int32).reshape(per_output))
+            y = build(ops.Dequantize(total, build.weight(f"{name}.scale", scale.reshape(per_output)), zero))
         else:
             y = build(ops.Dequantize(total, build.weight(f"{name}.scale", weight.scales)))
             y = build(ops.Mul(y, row_scale))
         if bias is not None:
+            bias = build(ops.Reshape(bias, shape=(bias.type.shape[0], 1, 1))) if site.is_convolution else bias
             y = build(ops.Add(y, bias))
         y.name = op.result.name
         op.result.replace_all_uses_with(y)
         site.graph.ops.remove(op)
+
+    @staticmethod
+    def _sums(site: Site, x: Value, weight: Value, how: Affine | Integers) -> Op:
+        """The product of a layer's integers."""
+        if not isinstance(site.op, ops.Conv2d):
+            return ops.LinearInteger(x, weight)
+        attributes = {name: site.op.attributes[name] for name in ("stride", "padding", "dilation", "channels_last")}
+        return ops.ConvInteger(x, weight, border=how.zero if isinstance(how, Affine) else 0, **attributes)
 
     def _in_units(self, bias: Value | None, scale: torch.Tensor) -> torch.Tensor | None:
         """A constant bias [N] in units of the sums' scales, or None where there is none or it is too large for that."""

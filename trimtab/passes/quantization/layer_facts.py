@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from trimtab.ir.core import Module, Value
 from trimtab.passes.quantization.bits import FLOAT, Bits
@@ -59,9 +58,7 @@ def layer_facts(
             layers.facts.append(LayerFacts(number, site.label, str(FLOAT)))
             continue
         weight = module.weights[site.weight].tensor()
-        layers.add(
-            number, site.label, bits, weight, preparation.weight(number, bits), preparation.rounding(number, bits)
-        )
+        layers.add(number, site, bits, weight, preparation.weight(number, bits), preparation.rounding(number, bits))
     observe(module, watched, [batch])
     return sorted((facts for layers in watched.values() for facts in layers.facts), key=lambda facts: facts.number)
 
@@ -70,20 +67,20 @@ class _Layers:
     """The layers that read one value; they are measured when it is seen."""
 
     def __init__(self) -> None:
-        self._layers: list[tuple[int, str, Bits, torch.Tensor, Stored, Rounding]] = []
+        self._layers: list[tuple[int, Site, Bits, torch.Tensor, Stored, Rounding]] = []
         self.facts: list[LayerFacts] = []
 
     def add(
-        self, number: int, label: str, bits: Bits, weight: torch.Tensor, stored: Stored, rounding: Rounding
+        self, number: int, site: Site, bits: Bits, weight: torch.Tensor, stored: Stored, rounding: Rounding
     ) -> None:
-        self._layers.append((number, label, bits, weight, stored, rounding))
+        self._layers.append((number, site, bits, weight, stored, rounding))
 
     def update(self, tensor: torch.Tensor) -> None:
         self.facts += [_measured(tensor.double(), *layer) for layer in self._layers]
 
 
 def _measured(
-    x: torch.Tensor, number: int, label: str, bits: Bits, weight: torch.Tensor, stored: Stored, rounding: Rounding
+    x: torch.Tensor, number: int, site: Site, bits: Bits, weight: torch.Tensor, stored: Stored, rounding: Rounding
 ) -> LayerFacts:
     how, factors = rounding.how, rounding.factors
     low = high = math.nan
@@ -92,8 +89,8 @@ def _measured(
         low, high = ((bound - how.zero) * how.scale for bound in (how.integers.low, how.integers.high))
         clipped = how.clipped(x if factors is None else x / factors)
     values = stored.values if factors is None else stored.values / factors.double()
-    exact = F.linear(x, weight.double())
-    noise = float((F.linear(rounding.rounded(x), values) - exact).square().sum())
+    exact = site.product(x, weight.double())
+    noise = float((site.product(rounding.rounded(x), values) - exact).square().sum())
     signal = float(exact.square().sum())
     sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
-    return LayerFacts(number, label, str(bits), factors is not None, low, high, clipped, sqnr)
+    return LayerFacts(number, site.label, str(bits), factors is not None, low, high, clipped, sqnr)

@@ -45,7 +45,7 @@ class Stored:
     """A weight as integers. Layers of one weight and equal factors share one.
 
     Attributes:
-        integers: i8 [N, K].
+        integers: i8 [N, K], of a convolution [N, K, kh, kw].
         scales: f32 [N].
     """
 
@@ -54,8 +54,8 @@ class Stored:
 
     @property
     def values(self) -> torch.Tensor:
-        """What the integers stand for, times the factors of the input: f64 [N, K]."""
-        return self.integers.double() * self.scales.double()[:, None]
+        """What the integers stand for, times the factors of the input: f64, as `integers`."""
+        return self.integers.double() * self.scales.double().reshape(-1, *[1] * (self.integers.dim() - 1))
 
 
 class Preparation:

@@ -1,17 +1,22 @@
-"""Which products can be computed with integers: linear layers with constant weights, found by structure."""
+"""Which products can be computed with integers: linear layers and convolutions with constant weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trimtab.ir import ops
 from trimtab.ir.core import Graph, Module, Value
+from trimtab.ir.dims import product
 from trimtab.ir.dtypes import DType
 from trimtab.ir.op import Op
 from trimtab.ir.printer import print_op
 from trimtab.ir.rewrite import NearMiss
 from trimtab.ir.rewrite.log import RuleLog
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_DEPTH = 65_793
 """Sums of this many products of a u8 and an i8 fit in 32 bits."""
@@ -20,38 +25,46 @@ _MOVES = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Conca
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A linear layer whose product can be one of integers.
+    """A layer whose product can be one of integers.
 
     Attributes:
-        op: the layer, f32.
+        op: the layer, f32: a linear layer, or a 2-D convolution without groups.
         graph: the graph that it is in.
         x: its input when it was found; by the time it is rewritten, the layers before it may have been.
         is_edge: it reads an input of the module, or the module's output is made of its result, by moves alone.
     """
 
-    op: ops.Linear
+    op: ops.Linear | ops.Conv2d
     graph: Graph
     x: Value
     is_edge: bool
 
     @property
     def weight(self) -> str:
-        """Id of the weight, [N, K]."""
+        """Id of the weight, [N, K], of a convolution [N, K, kh, kw]."""
         return self.op.weight.weight
+
+    @property
+    def is_convolution(self) -> bool:
+        return isinstance(self.op, ops.Conv2d)
 
     @property
     def label(self) -> str:
         """What the layer is called in reports: its weight, and where it is in the user's code."""
         return f"{self.weight} ({self.op.location})" if self.op.location else self.weight
 
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The layer of other numbers, of any floating type, without its bias."""
+        return self.op.reference(x, weight, None, **self.op.attributes)
+
 
 def find_sites(module: Module, log: RuleLog) -> list[Site]:
-    """The sites of ``module`` in order; other linear layers go to ``log`` with the reason."""
+    """The sites of ``module`` in order; other linear layers and convolutions go to ``log`` with the reason."""
     main = module.main
     sites = []
     for graph in module.all_graphs():
         for op in graph.ops:
-            if not isinstance(op, ops.Linear):
+            if not isinstance(op, ops.Linear | ops.Conv2d):
                 continue
             log.tried += 1
             if reason := _refusal(op, graph is main):
@@ -61,7 +74,7 @@ def find_sites(module: Module, log: RuleLog) -> list[Site]:
     return sites
 
 
-def _refusal(op: ops.Linear, in_main: bool) -> str:
+def _refusal(op: ops.Linear | ops.Conv2d, in_main: bool) -> str:
     """Why a layer stays in float; "" when it need not."""
     if not in_main:
         return "it is inside a group or a repeated body: quantize comes before both"
@@ -69,7 +82,9 @@ def _refusal(op: ops.Linear, in_main: bool) -> str:
         return "its weight is computed"
     if op.x.type.dtype is not DType.F32 or op.weight.type.dtype is not DType.F32:
         return f"it multiplies {op.x.type.dtype} by {op.weight.type.dtype}, not f32 by f32"
-    depth = op.weight.type.shape[-1]
+    if isinstance(op, ops.Conv2d) and op.groups != 1:
+        return f"its channels are in {op.groups} groups, whose sums are too short to gain"
+    depth = product(op.weight.type.shape[1:])
     if not isinstance(depth, int) or depth > MOST_DEPTH:
         return f"sums of {depth} products of bytes may not fit in 32 bits"
     return ""

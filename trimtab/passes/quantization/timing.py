@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from trimtab.ir import ops
 from trimtab.ir.builder import Builder
 from trimtab.ir.core import Module
 from trimtab.ir.rewrite.log import RuleLog
@@ -48,7 +47,8 @@ class Timing:
         """The times of a layer."""
         op = site.op
         per_channel, bias = rounding.factors is not None, op.bias is not None
-        key = (site.x.type, op.weight.type, bias, type(rounding.how), per_channel)
+        window = tuple(op.attributes.items())
+        key = (site.x.type, op.weight.type, window, bias, type(rounding.how), per_channel)
         if key not in self._known:
             alone = self._alone(site)
             in_float = self._seconds(alone)
@@ -63,5 +63,5 @@ class Timing:
         build, op = Builder(), site.op
         data = [self._module.weights[value.weight].tensor() for value in op.operands[1:] if value.is_weight]
         weight, *bias = [build.weight(f"w{n}", tensor) for n, tensor in enumerate(data)]
-        build.output(build(ops.Linear(build.input("x", site.x.type), weight, *bias)))
+        build.output(build(op.rebuilt([build.input("x", site.x.type), weight, *bias])))
         return build.module

@@ -25,7 +25,7 @@ def window_products(op: Any, code: Code, x: Tensor, weight: Tensor, bias: Tensor
     with_channels_second, restored = channels_second(op, code)
     x = with_channels_second(x)
     if any(op.padding):
-        x = code.pad(x, (0, 0, *op.padding), (0, 0, *op.padding), 0)
+        x = code.pad(x, (0, 0, *op.padding), (0, 0, *op.padding), getattr(op, "border", 0))
     grouped = code.reshape(weight, (op.groups, weight.shape[0] // op.groups, *weight.shape[1:]))
     return restored(_grouped(code, result_type(op), x, grouped, bias, op.stride, op.dilation))
 

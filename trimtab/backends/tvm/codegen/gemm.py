@@ -50,7 +50,13 @@ from trimtab.backends.tvm.codegen.loops import (
     zero,
 )
 from trimtab.backends.tvm.codegen.machine import Machine
-from trimtab.backends.tvm.codegen.register_tile import Tile, accumulate_tile, choose_tile, each_vector
+from trimtab.backends.tvm.codegen.register_tile import (
+    Tile,
+    accumulate_tile,
+    choose_tile,
+    each_vector,
+    nearly_equal_height,
+)
 from trimtab.backends.tvm.codegen.row_tiles import RowTiles, in_two_heights
 from trimtab.backends.tvm.codegen.tile_product import (
     TileProducts,
@@ -110,14 +116,14 @@ class ContractionKernel:
         columns = self.n.extent
         if self.panels is None or self.panels.group == 1:
             width = None if self.panels is None else self.panels.columns
-            return choose_tile(self.machine, self.dtype, int_value(rows), int_value(columns), width)
+            in_lines = self.windows is not None
+            return choose_tile(self.machine, self.dtype, int_value(rows), int_value(columns), width, in_lines)
         isa = self._instruction_set(packs_b=False)
         lanes = self.machine.lanes(self.dtype)
         highest = tallest(isa, self._kind(packs_b=False), self.panels.columns // isa.lanes) if isa else None
         known = int_value(rows)
         height = highest.rows if highest else 1
-        # Tiles of nearly equal height: the last one starts early, and rows computed twice are lost.
-        return Tile(height if known is None else -(-known // -(-known // height)), self.panels.columns, lanes)
+        return Tile(height if known is None else nearly_equal_height(known, height), self.panels.columns, lanes)
 
     def _kind(self, packs_b: bool) -> str:
         """The kind of data that micro-kernels would multiply; B is packed to panels of the working type, or lies so."""

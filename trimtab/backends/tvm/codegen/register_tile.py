@@ -23,10 +23,19 @@ class Tile:
     lanes: int
 
 
-def choose_tile(machine: Machine, dtype: str, m: int | None, n: int | None, fixed_columns: int | None = None) -> Tile:
+def choose_tile(
+    machine: Machine,
+    dtype: str,
+    m: int | None,
+    n: int | None,
+    fixed_columns: int | None = None,
+    in_lines: bool = False,
+) -> Tile:
     """The tile with the least padded work for ``m`` rows and ``n`` columns, as far as they are known.
 
-    ``fixed_columns`` is set by a packed operand.
+    Args:
+        fixed_columns: set by a packed operand.
+        in_lines: m rows are one line of many, which tiles of nearly equal height cover, and threads share the panels.
     """
     lanes = machine.lanes(dtype)
     best: tuple[float, Tile] | None = None
@@ -36,7 +45,11 @@ def choose_tile(machine: Machine, dtype: str, m: int | None, n: int | None, fixe
             continue
         height = min(height, m) if m is not None else height
         row_cost = -(-m // height) * height / m if m else 1.0
-        column_cost = -(-n // width) * width / n if n else 1.0
+        panels = -(-n // width) if n else 0
+        if in_lines and m:
+            height, row_cost = nearly_equal_height(m, height), 1.0
+            panels = -(-panels // machine.threads) * machine.threads
+        column_cost = panels * width / n if n else 1.0
         # Few accumulators leave the multiply units waiting for each other.
         busy = max(1.0, machine.chains / (height * vectors_wide))
         cost = row_cost * column_cost * busy
@@ -47,6 +60,11 @@ def choose_tile(machine: Machine, dtype: str, m: int | None, n: int | None, fixe
         width = fixed_columns if fixed_columns is not None else machine.tiles[0][1] * lanes
         return Tile(height, width, min(lanes, width))
     return best[1]
+
+
+def nearly_equal_height(rows: int, most: int) -> int:
+    """The height of the highest of the fewest tiles of at most ``most`` rows, where some are a row lower."""
+    return -(-rows // -(-rows // most))
 
 
 def accumulate_tile(

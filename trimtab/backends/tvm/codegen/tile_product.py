@@ -15,7 +15,7 @@ from tvm.sym import Analyzer, detect_linear_equation
 
 from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, accesses_of, has_only_loads_as_users
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, rewrite, variables_of
-from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, scratch, sequence, store
+from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, minimum, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, microkernel, rounding, transposition
 from trimtab.backends.tvm.microkernels.amx import TileProduct
@@ -145,7 +145,7 @@ class TileProducts:
 
     def call(
         self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr,
-        c_stride: Expr | None = None, sharing: int = 0,
+        c_stride: Expr | None = None, sharing: int = 0, size: Expr | None = None,
     ) -> Stmt:  # fmt: skip
         """``c = a b`` or ``c += a b`` for a tile.
 
@@ -157,10 +157,14 @@ class TileProducts:
             part: which part of that to bring into the cache meanwhile; the tiles of a panel take one each.
             c_stride: elements from one row of the result to the next; the tile's columns when None.
             sharing: how many tiles a panel has; 0 when that is not known, or when it is in a cache already.
+            size: elements of what will be read; parts beyond it are its last one, so that lines which are not wanted
+                yet leave the cache to others. As many as were read when None.
         """
         kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
         steps = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
-        ahead = part * steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // BITS[kernel.b_dtype])
+        one = steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // BITS[kernel.b_dtype])
+        size = as_index(depth) * index(tile.columns) if size is None else size
+        ahead = tirx.max(minimum(part * one, size - one), index(0))
         c_stride = index(tile.columns) if c_stride is None else c_stride
         return self.call_kernel(kernel, a, stride, b, c, c_stride, depth, accumulate, wanted, ahead)
 

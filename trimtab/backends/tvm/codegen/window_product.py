@@ -17,6 +17,7 @@ from trimtab.backends.tvm.codegen.contraction import Axes, Contraction, Flattene
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import Stmt, bind, bind_all, ceil_div, index, load, loop, minimum, sequence
 from trimtab.backends.tvm.codegen.register_tile import Tile
+from trimtab.backends.tvm.codegen.row_tiles import RowTiles
 from trimtab.backends.tvm.codegen.tile_product import row_stride, without_casts
 
 if TYPE_CHECKING:
@@ -155,25 +156,27 @@ class _Line:
         return products.around(tile, loop(count, one, name="line"))
 
     def _tiles(self, tile: Tile, line: Expr, number: Expr, place: dict[Any, Expr]) -> Stmt:
-        rows = as_index(self.windows.rows)
+        rows, products = as_index(self.windows.rows), self.kernel.products
         tiles = ceil_div(rows, tile.rows)
 
-        def one(t: Expr) -> Stmt:
-            def at(start: Expr) -> Stmt:
-                return sequence(
-                    self._product(tile, start, place, number * tiles + t),
-                    self.kernel.store_tile(
-                        lambda r, c: load(self.spill, r, c),
-                        tile.rows,
-                        line * rows + start,
-                        self.first_column,
-                        self.batch,
-                    ),
-                )
+        def one(t: Expr, start: Expr, height: int) -> Stmt:
+            return sequence(
+                self._product(replace(tile, rows=height), start, place, number * tiles + t),
+                self.kernel.store_tile(
+                    lambda r, c: load(self.spill, r, c), height, line * rows + start, self.first_column, self.batch
+                ),
+            )
 
-            return bind(minimum(t * index(tile.rows), rows - index(tile.rows)), at, "row")
+        known = int_value(rows)
+        if known is not None and products is not None and not products.uses_tiles:
+            parts = RowTiles(known, tile.rows)
+            return parts.each(index(0), index(parts.count), one)
 
-        return loop(tiles, one, name="tile")
+        def at(t: Expr) -> Stmt:
+            start = minimum(t * index(tile.rows), rows - index(tile.rows))
+            return bind(start, lambda start: one(t, start, tile.rows), "row")
+
+        return loop(tiles, at, name="tile")
 
     def _product(self, tile: Tile, start: Expr, place: dict[Any, Expr], number: Expr) -> Stmt:
         """Tile ``number`` of the panel: the sum over the pieces."""
@@ -187,6 +190,7 @@ class _Line:
                 tile, windows.at(self.batch, place, start, piece), windows.stride,
                 without_casts(self.b(piece * length, index(0))), load(self.spill, index(0), index(0)), length,
                 tirx.Cast("int32", piece > index(0)), following, number * pieces + piece,
+                size=pieces * length * index(tile.columns),
             )  # fmt: skip
 
         return loop(pieces, add, name="piece")

@@ -11,6 +11,9 @@ from trimtab.backends.tvm.microkernels.products import BITS, DotProduct, Product
 AHEAD_BYTES = 2048
 """How far ahead of where it reads a kernel asks for lines: as long as memory takes, and they stay in the cache."""
 SCALE_BYTES = 4
+SUM_DEPTH = 384
+"""Products of f32 that are added up before their sum is added to the result. The error of a sum grows with the root of
+its length; so that of 3072 products grows as that of 384 and of 8."""
 PARTS = 2
 """Places of a panel that are read at a time, for one row."""
 
@@ -63,12 +66,31 @@ class VectorKernel:
         stride = f.let(f"mul i64 %lda, {BITS[p.a_dtype] // 8}")
         self.a_rows = ["%a", *(f.offset("%a", f.let(f"mul i64 {stride}, {row}")) for row in range(1, self.rows))]
         if isinstance(p, ScaledProduct):
-            sums = self._scaled_groups(p)
+            self._write(self._by_row(self._scaled_groups(p)), "%accumulate")
+        elif p.a_dtype == "f32" and not self.alone:
+            self._add_sums(f.let(f"sdiv exact i64 %depth, {p.group}"))
         else:
             first = self._row_corrections(p) if isinstance(p, DotProduct) and p.toggles_b else None
             sums, _ = self._accumulate(f.let(f"sdiv exact i64 %depth, {p.group}"), ["0", "%b", "%next"], first)
-        self._write(self._by_row(sums))
+            self._write(self._by_row(sums), "%accumulate")
+        f.do("ret i32 0")
         return f
+
+    def _add_sums(self, steps: str) -> None:
+        """Store or add the sums over every `SUM_DEPTH` of the depth."""
+        f, part = self.f, SUM_DEPTH // self.product.group
+
+        def body(values: list[str]) -> list[str]:
+            *places, left, accumulate = values
+            now = f.let(f"select i1 {f.let(f'icmp slt i64 {left}, {part}')}, i64 {left}, i64 {part}")
+            sums, places = self._accumulate(now, places)
+            self._write(self._by_row(sums), accumulate)
+            return [*places, f.let(f"sub i64 {left}, {now}"), "1"]
+
+        count = f.let(f"sdiv i64 {f.let(f'add i64 {steps}, {part - 1}')}, {part}")
+        once = f.let(f"select i1 {f.let(f'icmp slt i64 {count}, 1')}, i64 1, i64 {count}")
+        start = [("i64", "0"), ("ptr", "%b"), ("ptr", "%next"), ("i64", steps), ("i32", "%accumulate")]
+        f.loop(once, start, body)
 
     def _accumulate(self, steps: str, places: list[str], first: list[str] | None = None) -> tuple[list[str], list[str]]:
         """Accumulators after ``steps`` steps, and the places where the steps ended.
@@ -233,20 +255,21 @@ class VectorKernel:
             ]
         return result
 
-    def _write(self, results: list[str]) -> None:
-        """Store or add the results, and return."""
+    def _write(self, results: list[str], accumulate: str) -> None:
+        """Store the results, or add them where ``accumulate`` is not 0."""
         f = self.f
         stride = f.let("mul i64 %ldc, 4")
         rows = ["%c", *(f.offset("%c", f.let(f"mul i64 {stride}, {row}")) for row in range(1, self.rows))]
         places = [f.offset(row, column * 4) for row in rows for column in range(0, self.columns, self.lanes)]
-        add, overwrite = f.fresh_labels("add", "overwrite")
-        f.do(f"br i1 {f.let('icmp ne i32 %accumulate, 0')}, label %{add}, label %{overwrite}")
+        add, overwrite, written = f.fresh_labels("add", "overwrite", "written")
+        f.do(f"br i1 {f.let(f'icmp ne i32 {accumulate}, 0')}, label %{add}, label %{overwrite}")
         f.start_block(add)
         for place, value in zip(places, results, strict=True):
             sum = f.let(f"{self.add} {self.type} {value}, {f.load(self.type, place, 4)}")
             f.store(self.type, sum, place, 4)
-        f.do("ret i32 0")
+        f.do(f"br label %{written}")
         f.start_block(overwrite)
         for place, value in zip(places, results, strict=True):
             f.store(self.type, value, place, 4)
-        f.do("ret i32 0")
+        f.do(f"br label %{written}")
+        f.start_block(written)

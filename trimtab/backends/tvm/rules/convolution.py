@@ -24,8 +24,8 @@ from trimtab.backends.tvm.rules.registry import (
 from trimtab.ir import ops
 
 
-def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, dtype: str) -> Any:
-    """x with zeros around its spatial axes, in another type, as a buffer of its own.
+def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, dtype: str, border: int = 0) -> Any:
+    """x with zeros, or ``border``, around its spatial axes, in another type, as a buffer of its own.
 
     ``first`` is the first of the spatial axes.
     """
@@ -46,7 +46,7 @@ def padded(x: Operand, before: Sequence[int], after: Sequence[int], first: int, 
             return tirx.reinterpret(stored, value) if is_bits else value
 
         places = [index - i64(low) for index, low in zip(indices[first:stop], before, strict=True)]
-        return guarded(places, sizes, inside, const(0, stored))
+        return guarded(places, sizes, inside, const(border, stored))
 
     tensor = compute(shape, element, "padded", materialize=True)
     return lambda *i: tirx.reinterpret(dtype, tensor(*i)) if is_bits else tensor(*i)

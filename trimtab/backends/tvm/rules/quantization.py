@@ -99,7 +99,7 @@ def _matmul(op: Any, scope: Scope, x: Operand, y: Operand) -> Any:
 def _convolution(op: Any, scope: Scope, x: Operand, weight: Operand, zero: Operand | None) -> Any:
     first = 1 if op.channels_last else 2
     if zero is None:
-        read = padded(x, op.padding, op.padding, first, x.dtype if weight.layout.group > 1 else SUM)
+        read = padded(x, op.padding, op.padding, first, x.dtype if weight.layout.group > 1 else SUM, op.border)
         return window_sums(op, scope, read, weight, SUM)
     shape = op.x.type.shape
     zero_at = [i64(0)] * zero.rank
