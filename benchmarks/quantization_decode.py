@@ -33,7 +33,8 @@ def decode_lines(threads: int, runs: int, models: Sequence[str] = MODELS) -> Ite
     alone; the second also what the caller gives and gets, which is the cache, once each.
     """
     yield f"one token with 128 in the cache, {threads} threads; GB/s, and share of a streaming read at that time"
-    yield f"{'model':16s} {'weights':14s} {'ms':>8s} {'best':>8s} {'read':>5s} {'products':>13s} {'whole call':>13s} {'with cache':>13s}"
+    heads = ("products", "whole call", "with cache")
+    yield f"{'model':16s} {'weights':14s} {'ms':>8s} {'best':>8s} {'read':>5s}" + "".join(f" {h:>13s}" for h in heads)
     known = {**BENCHMARK_MODELS, **LARGE_MODELS, **TINY_MODELS}
     for name in models:
         entry = known[name]

@@ -93,7 +93,7 @@ class _ScaledProducts(TileProducts):
 
     def call(
         self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr,
-        c_stride: Expr | None = None, sharing: int = 0,
+        c_stride: Expr | None = None, sharing: int = 0, size: Expr | None = None,
     ) -> Stmt:  # fmt: skip
         kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
         steps = int(depth) // kernel.prefetch_depth if kernel.prefetch_depth else 0
