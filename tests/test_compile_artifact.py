@@ -103,6 +103,13 @@ def test_a_file_that_gives_wrong_outputs_is_not_written(artifact: Artifact, tmp_
     assert os.listdir(tmp_path) == ["model.trim"]
 
 
+def test_a_self_check_that_hangs_is_ended(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.artifact.SELF_CHECK_SECONDS", 0.01)
+    with pytest.raises(ArtifactError, match="did not end"):
+        artifact.save(tmp_path / "model.trim")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_leaves_nothing_behind(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

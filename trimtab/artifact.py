@@ -232,14 +232,27 @@ def _entry(number: int, code: CompiledCode) -> str:
     return f"code/model{f'-{number}' if number else ''}{code.suffix}"
 
 
+SELF_CHECK_SECONDS = 1800
+"""A self-check computes one small input; one that takes longer than this hangs, perhaps in a driver."""
+
+
 def _check_in_fresh_process(path: Path) -> None:
     """Run ``trimtab.runtime.self_check``, which imports neither torch nor the compiler."""
     command = [sys.executable, "-m", "trimtab.runtime.self_check", str(path), "--json", "--carried"]
     package_root = str(Path(__file__).resolve().parent.parent)
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=SELF_CHECK_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ArtifactError(
+            "the self-check of the compiled model did not end",
+            values={"file": path.name, "seconds": SELF_CHECK_SECONDS},
+            rule="a file that does not run is not reported as built",
+            fix="look whether the device is busy or its driver hangs; save(check=False) writes the file unchecked",
+        ) from None
     if done.returncode == 0:
         return
     detail = done.stderr.strip().splitlines()[-1:] or done.stdout.strip().splitlines()[-1:] or ["no output"]
