@@ -153,7 +153,7 @@ class ConvInteger(Op):
         _check_bytes(x, weight)
         centred = x.double() if zero is None else x.double() - zero.double()
         centred = centred.permute(0, 3, 1, 2) if channels_last else centred
-        # With the border subtracted it is zero, as F.conv2d has it; every window then lacks its sum of weights times it.
+        # With the border subtracted it is zero, as F.conv2d has it; every window then lacks border * sum(weights).
         sums = F.conv2d(centred - border, weight.double(), None, stride, padding, dilation, groups)
         y = _wrapped(sums + border * weight.double().sum((1, 2, 3))[:, None, None])
         return y.permute(0, 2, 3, 1) if channels_last else y
