@@ -9,11 +9,12 @@ from trimtab.passes.tokens.schedules import (
     Removals,
     clamped,
     constant,
-    evenly,
+    in_proportion,
     linear,
     margins,
     ratio,
     remaining,
+    slope,
     within_budget,
 )
 
@@ -55,26 +56,35 @@ def test_the_last_layers_of_a_steep_schedule_remove_half_of_what_is_left() -> No
     assert clamped((5, 5), 4, 4) == (0, 0)
 
 
-def test_an_even_spread_is_constant_where_it_divides() -> None:
-    assert evenly(26, 2) == (13, 13)
-    assert evenly(8, 5) == (1, 2, 1, 2, 2)
-    assert evenly(0, 3) == (0, 0, 0)
+def test_tokens_are_spread_in_proportion() -> None:
+    assert in_proportion(26, (1, 1)) == (13, 13)
+    assert in_proportion(8, (1.0,) * 5) == (1, 2, 1, 2, 2)
+    assert in_proportion(0, (1, 1, 1)) == (0, 0, 0)
+    assert in_proportion(80, slope(-1, 5)) == linear(16, -1, 5)
+    assert in_proportion(80, slope(1, 5)) == linear(16, 1, 5)
+    assert slope(0.5, 1) == (1.0,)
+    for total in range(50):
+        assert sum(in_proportion(total, slope(0.3, 7))) == total
+    with pytest.raises(UsageError, match="between -1 and 1"):
+        slope(-1.5, 3)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.5, 0.36])
-def test_a_budget_is_met_with_the_fewest_tokens_removed(share: float) -> None:
-    found = within_budget(share, 197, 1, 12, vit_macs)
+@pytest.mark.parametrize("inflect", [0, -1, 0.5])
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.5, 0.4])
+def test_a_budget_is_met_with_the_fewest_tokens_removed(share: float, inflect: float) -> None:
+    weights = slope(inflect, 12)
+    found = within_budget(share, 197, 1, weights, vit_macs)
     full = vit_macs(constant(0, 12))
     assert vit_macs(found) <= share * full
-    fewest = next(n for n in range(400) if vit_macs(clamped(evenly(n, 12), 197, 1)) <= share * full)
-    assert found == clamped(evenly(fewest, 12), 197, 1)
+    fewest = next(n for n in range(1000) if vit_macs(clamped(in_proportion(n, weights), 197, 1)) <= share * full)
+    assert found == clamped(in_proportion(fewest, weights), 197, 1)
     assert vit_macs(found) > (share - 0.006) * full
 
 
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     least = vit_macs(clamped(constant(197, 12), 197, 1)) / vit_macs(constant(0, 12))
     with pytest.raises(UsageError, match=rf"least={least:.3f}.*or more"):
-        within_budget(0.05, 197, 1, 12, vit_macs)
+        within_budget(0.05, 197, 1, (1,) * 12, vit_macs)
 
 
 def test_margins_fall_with_depth() -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from trimtab.errors import UsageError
 from trimtab.passes.tokens.matching import bipartite_matching, key_metric, most_merged, without_padding
 from trimtab.passes.tokens.reduction import TokenReduction
-from trimtab.passes.tokens.schedules import Removals, clamped, constant, linear, ratio
+from trimtab.passes.tokens.schedules import Removals, clamped, constant, linear, ratio, slope
 from trimtab.passes.tokens.shortening import Place
 from trimtab.passes.tokens.steps import MergeStep, Step
 from trimtab.passes.tokens.stream import Stream
@@ -26,7 +26,7 @@ class MergeTokens(TokenReduction):
 
     - ``r``: how many tokens to merge in each layer.
     - ``schedule``: ``constant``; ``linear`` with the slope ``inflect``, from -1 for twice as many in the first layer
-      and none in the last, to 1 for the reverse; ``ratio`` to keep the share ``keep`` of the tokens in each layer.
+      and none in the last, to 1 for the reverse, also under a budget; ``ratio`` to keep the share ``keep`` of the tokens in each layer.
     - ``proportional``: attention counts a merged token as often as it stands for original ones; not for models that
       were trained by masked autoencoding alone, nor during training.
     """
@@ -42,6 +42,14 @@ class MergeTokens(TokenReduction):
         super().__post_init__()
         if self.r < 0:
             raise UsageError("merge-tokens got a negative r", values={"r": self.r}, rule="r is 0 or more")
+        if (self.budget and self.schedule == "ratio") or (self.max_drop and self.schedule != "constant"):
+            raise UsageError(
+                "merge-tokens got options that do not go together",
+                values={"schedule": self.schedule, "budget": self.budget, "max_drop": self.max_drop},
+                rule="a budget finds the number of tokens for schedule=constant or linear, and max_drop chooses also "
+                "how many go in which layer",
+                fix="leave schedule out, or give r or keep with it",
+            )
 
     def does_nothing(self) -> bool:
         return self.r == 0 if self.schedule != "ratio" else self.keep == 1
@@ -60,6 +68,9 @@ class MergeTokens(TokenReduction):
             )
         wanted = linear(self.r, self.inflect, count) if self.schedule == "linear" else constant(self.r, count)
         return clamped(wanted, tokens, stream.protected)
+
+    def spread(self, layers: int) -> Sequence[float]:
+        return slope(self.inflect, layers) if self.schedule == "linear" else super().spread(layers)
 
     def reduce(self, place: Place, removed: int) -> Step:
         build = place.build

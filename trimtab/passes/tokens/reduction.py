@@ -71,6 +71,10 @@ class TokenReduction(Pass):
     def reduce(self, place: Place, removed: int) -> Step | None:
         """Make the reduction by ``removed`` tokens at the site of a layer; None for none."""
 
+    def spread(self, layers: int) -> Sequence[float]:
+        """In which proportion ``layers`` layers remove tokens under a budget."""
+        return (1.0,) * layers
+
     def plan(self, stream: Stream, removals: Removals, layers: Sequence[int]) -> Plan:
         """Where to reduce: at the sites of ``layers``."""
 
@@ -164,10 +168,11 @@ class TokenReduction(Pass):
 
     def _budgeted(self, module: Module, stream: Stream, layers: Sequence[int]) -> Removals:
         estimate = self._estimate(module, stream, layers)
+        weights = self.spread(len(layers))
         full = count_macs(module, smallest_sizes(module.main))
         share = self.budget
         while True:  # the estimate leaves out what the reduction itself takes
-            removals = within_budget(share, stream.tokens, stream.protected, len(layers), estimate)
+            removals = within_budget(share, stream.tokens, stream.protected, weights, estimate)
             reduced = self._reduced(module, removals, layers)
             taken = count_macs(reduced, smallest_sizes(reduced.main)) / full
             if taken <= self.budget:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import TypeAlias
 
 from trimtab.errors import UsageError
@@ -27,14 +29,28 @@ def linear(r: int, inflect: float, layers: int) -> Removals:
     Raises:
         UsageError: ``inflect`` is not between -1 and 1.
     """
-    if not -1 <= inflect <= 1:
-        raise UsageError(
-            "a schedule cannot have this slope", values={"inflect": inflect}, rule="inflect lies between -1 and 1"
-        )
+    _check_slope(inflect)
     first = int(r * (1 - inflect))
     last = 2 * r - first
     step = (last - first) / (layers - 1) if layers > 1 else 0
     return tuple(int(first + step * layer) for layer in range(layers))
+
+
+def slope(inflect: float, layers: int) -> tuple[float, ...]:
+    """What each layer of a linear schedule removes, over their mean.
+
+    Raises:
+        UsageError: ``inflect`` is not between -1 and 1.
+    """
+    _check_slope(inflect)
+    return tuple(1 + inflect * (2 * layer / (layers - 1) - 1) if layers > 1 else 1.0 for layer in range(layers))
+
+
+def _check_slope(inflect: float) -> None:
+    if not -1 <= inflect <= 1:
+        raise UsageError(
+            "a schedule cannot have this slope", values={"inflect": inflect}, rule="inflect lies between -1 and 1"
+        )
 
 
 def ratio(keep: float, tokens: int, protected: int, layers: int) -> Removals:
@@ -53,9 +69,13 @@ def ratio(keep: float, tokens: int, protected: int, layers: int) -> Removals:
     return tuple(removals)
 
 
-def evenly(total: int, layers: int) -> Removals:
-    """``total`` tokens in all, layers that differ by one at most spread evenly: constant where it divides."""
-    return tuple((layer + 1) * total // layers - layer * total // layers for layer in range(layers))
+def in_proportion(total: int, weights: Sequence[float]) -> Removals:
+    """``total`` tokens in all, layer by layer in proportion to ``weights``: constant where these are the same and it
+    divides."""
+    exact = [Fraction(weight) for weight in weights]
+    scale = total / sum(exact)
+    reached = [math.floor(sum(exact[:layer]) * scale) for layer in range(len(exact) + 1)]
+    return tuple(after - before for before, after in pairwise(reached))
 
 
 def clamped(removals: Sequence[int], tokens: int, protected: int) -> Removals:
@@ -76,27 +96,28 @@ def remaining(removals: Sequence[int], tokens: int) -> tuple[int, ...]:
 
 
 def within_budget(
-    share: float, tokens: int, protected: int, layers: int, macs: Callable[[Removals], float]
+    share: float, tokens: int, protected: int, weights: Sequence[float], macs: Callable[[Removals], float]
 ) -> Removals:
-    """The schedule that removes the fewest tokens, spread evenly, with at most ``share`` of the multiply-accumulates.
+    """The schedule that removes the fewest tokens with at most ``share`` of the multiply-accumulates.
 
     Args:
         share: of what the model takes without reduction.
         tokens: N before the first layer.
         protected: how many of them are never removed.
-        layers: how many layers may remove tokens.
+        weights: of each layer that may remove, in proportion to which it does.
         macs: what a model takes under a schedule; more tokens removed may not take more.
 
     Raises:
         UsageError: no schedule of this kind takes so little.
     """
-    full = macs(constant(0, layers))
+    full = macs(constant(0, len(weights)))
 
     def schedule(total: int) -> Removals:
-        return clamped(evenly(total, layers), tokens, protected)
+        return clamped(in_proportion(total, weights), tokens, protected)
 
-    # Half of the tokens in every layer: from here on, more wanted changes nothing.
-    low, high = 0, layers * tokens
+    # Half of the tokens in every layer that removes any: from here on, more wanted changes nothing.
+    some = [weight for weight in weights if weight]
+    low, high = 0, math.ceil(tokens * sum(some) / min(some))
     least = macs(schedule(high))
     if least > share * full:
         raise UsageError(

@@ -1,4 +1,9 @@
-"""Writing what a kernel computed by tiles: the pointwise stage behind it is applied to each element on its way."""
+"""Writing what a kernel computed by tiles: the pointwise stage behind it is applied to each element on its way.
+
+The op behind a product of bfloat16 may be one that computes in float32.  Its operand, the product as its own op defines
+it, is rounded to bfloat16 then; where both are in one kernel, the sum is passed on as it is.  That is what a processor
+with wide registers does for free, takes three instructions a vector less, and errs less.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,11 @@ from typing import Any, Protocol
 
 from tvm import tirx
 
-from trimtab.backends.tvm.codegen.expression import Expr, rewrite
+from trimtab.backends.tvm.codegen.expression import Expr, dtype_of, loads_of, rewrite, variables_of, visit_nodes
 from trimtab.backends.tvm.codegen.loops import Stmt, store
 from trimtab.backends.tvm.codegen.program import Stage
 from trimtab.backends.tvm.codegen.vector_math import lowering_of
+from trimtab.backends.tvm.codegen.vector_rounding import is_rounding, rounds
 
 
 class Tiled(Protocol):
@@ -38,5 +44,28 @@ def store_result(tiled: Tiled, axes: Mapping[Any, Expr], value: Expr) -> Stmt:
     def own(buffer: Any, indices: list[Expr]) -> Expr | None:
         return var if buffer.same_as(stage.buffer) else None
 
-    result = rewrite(out.value, names, own, lowering_of(out.value))
+    result = rewrite(_without_own_rounding(tiled), names, own, lowering_of(out.value))
     return store(out.buffer, [names[axis] for axis in out.axes], tirx.Let(var, value, result))
+
+
+def _without_own_rounding(tiled: Tiled) -> Expr:
+    """The value of the output stage, in which the sums of products of bfloat16 are not rounded to be widened again."""
+    assert tiled.output is not None
+    value, sums = tiled.output.value, tiled.stage.buffer
+    if not any(dtype_of(node) == "bfloat16" for node in visit_nodes(tiled.stage.value)):
+        return value
+    exact: dict[Any, Expr] = {}
+
+    def widened(dtype: str, narrow: Expr) -> Expr | None:
+        if dtype != "float32" or not is_rounding(narrow) or rounds([narrow.value]):
+            return None
+        if exact.keys() & variables_of(narrow) or not any(load.source.same_as(sums) for load in loads_of(narrow)):
+            return None
+        # A name of its own: what is rounded again behind it was not rounded by the product's op.
+        var = tirx.Var("exact", narrow.value.ty)
+        exact[var] = narrow.value
+        return var
+
+    kept = rewrite(value, cast=widened)
+    return rewrite(kept, exact) if exact else value
+

@@ -64,6 +64,7 @@ from trimtab.backends.tvm.codegen.tile_product import (
     strided_rows,
     without_casts,
 )
+from trimtab.backends.tvm.codegen.tile_turns import TileWork, in_turns
 from trimtab.backends.tvm.codegen.vector_math import lower_call
 from trimtab.backends.tvm.codegen.window_product import blocks_of_lines, find_windows, window_rows
 from trimtab.backends.tvm.microkernels import InstructionSet
@@ -292,7 +293,7 @@ class ContractionKernel:
             return one
 
         def tiles(height: int, spill: Any) -> Stmt:
-            covered = cover(height, tile_of(height, spill))
+            covered = cover(height, spill)
             tile = replace(self.tile, rows=height)
             return self.products.around(tile, covered) if self.products else covered
 
@@ -302,19 +303,56 @@ class ContractionKernel:
             held = tirx.max(minimum(index(share), index(parts.count) - begin), index(0))
             return parts.each(begin, held, lambda t, start, height: tile_of(height, spill)(start, t))
 
-        def cover(height: int, one: Callable[[Expr, Expr], Stmt]) -> Stmt:
-            def at(t: Expr, first: Expr | int = 0) -> Stmt:
-                return bind(minimum((first + t) * height, rows - height), lambda start: one(start, t), "row")
+        def turns_of(height: int) -> Callable[[Expr, Expr], Stmt] | None:
+            """Computes (from, number of) tiles where these are of tile registers."""
+            depth = int_value(self.k.extent)
+            if self.products is None or not self.products.uses_tiles or self.a_rows is None or depth is None:
+                return None
+            products, a_rows = self.products, self.a_rows
+            tile = Tile(height, self.tile.columns, self.tile.lanes)
+            following = without_casts(b(index(depth) if self.direct else index(0), index(0)))
 
-            if int_value(rows) == height:
-                return one(index(0), index(0))
+            def several(first: Expr, held: Expr, sums: Any) -> Stmt:
+                def start(t: Expr) -> Expr:
+                    return minimum((first + t) * index(height), rows - index(height))
+
+                def sum_at(t: Expr, row: Expr, column: Expr) -> Expr:
+                    return load(sums, tirx.floormod(t, index(2)), row, column)
+
+                def work(t: Expr) -> TileWork:
+                    return TileWork(
+                        lambda k: a_rows.at(batch, start(t), k), lambda k: without_casts(b(k, index(0))),
+                        sum_at(t, index(0), index(0)), following, first + t,
+                    )  # fmt: skip
+
+                def write(t: Expr, row: Expr, count: Expr) -> Stmt:
+                    def from_row(at: Expr) -> Stmt:
+                        return self.store_tile(lambda r, c: sum_at(t, row + r, c), count, at, first_column, batch)
+
+                    return bind(start(t) + row, from_row, "row")
+
+                sharing = tiles_per_panel(height)
+                return in_turns(products, tile, a_rows.stride, depth, held, FIRST, work, write, sharing)
+
+            shape = [2, height, self.tile.columns]
+            return lambda first, held: scratch(shape, self.dtype, lambda sums: several(first, held, sums), "tiles")
+
+        def cover(height: int, spill: Any) -> Stmt:
+            def one_by_one(first: Expr, held: Expr) -> Stmt:
+                one = tile_of(height, spill)
+
+                def at(t: Expr) -> Stmt:
+                    return bind(minimum((first + t) * height, rows - height), lambda start: one(start, t), "row")
+
+                return loop(held, at, name="tile") if int_value(rows) != height else one(index(0), index(0))
+
+            several = turns_of(height) or one_by_one
             count = ceil_div(rows, height)
-            if blocks > 1:
-                share = ceil_div(count, blocks)
-                begin = block * share
-                end = minimum(begin + share, count)
-                return loop(tirx.max(end - begin, index(0)), lambda t: at(t, begin), name="tile")
-            return loop(count, at, name="tile")
+            if blocks == 1:
+                return several(index(0), count)
+            share = ceil_div(count, blocks)
+            begin = block * share
+            return several(begin, tirx.max(minimum(begin + share, count) - begin, index(0)))
 
         def body(spill: Any) -> Stmt:
             if self.windows and self.products:
@@ -337,10 +375,12 @@ class ContractionKernel:
 
             return at_most(height)
 
+        if turns_of(height) is not None and not self.windows:
+            return body(None)
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
 
     def store_tile(
-        self, sums: Callable[[Expr, Expr], Expr], rows: int, start: Expr, first_column: Expr, batch: dict[Any, Expr]
+        self, sums: Callable[[Expr, Expr], Expr], rows: Expr | int, start: Expr, first_column: Expr, batch: dict[Any, Expr]
     ) -> Stmt:
         """Apply the epilogue to a finished tile and write it, cutting the columns past the end.
 

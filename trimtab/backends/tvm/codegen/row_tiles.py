@@ -22,11 +22,13 @@ class RowTiles:
     """``rows`` as tiles of ``height`` rows.
 
     Where the last ones would have to be more than a row lower, they have that height too and begin so early that they
-    end at the last row.
+    end at the last row.  So they do without ``two_heights``, as tile registers want it: their height is configured once
+    for all.
     """
 
     rows: int
     height: int
+    two_heights: bool = True
 
     @property
     def count(self) -> int:
@@ -37,7 +39,8 @@ class RowTiles:
     def lower(self) -> int:
         """How many of the last tiles are a row lower."""
         missing = self.count * self.height - self.rows
-        return missing if missing <= self.count and self.height > 1 and self.rows > self.height else 0
+        possible = self.two_heights and missing <= self.count and self.height > 1 and self.rows > self.height
+        return missing if possible else 0
 
     @property
     def repeats_rows(self) -> bool:

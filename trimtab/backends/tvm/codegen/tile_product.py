@@ -17,7 +17,7 @@ from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, acc
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, minimum, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
-from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, microkernel, rounding, transposition
+from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, Phases, microkernel, rounding, transposition
 from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.backends.tvm.microkernels.products import BITS
@@ -143,6 +143,10 @@ class TileProducts:
         """Whether they multiply tile registers, which hold many rows."""
         return isinstance(self.isa.products[self.kind], TileProduct)
 
+    def kernel(self, tile: Tile, sharing: int = 0) -> MicroKernel:
+        """The micro-kernel of a tile; see :meth:`call` for ``sharing``."""
+        return microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
+
     def call(
         self, tile: Tile, a: Any, stride: Expr, b: Any, c: Any, depth: Expr, accumulate: Expr, wanted: Any, part: Expr,
         c_stride: Expr | None = None, sharing: int = 0, size: Expr | None = None,
@@ -160,13 +164,49 @@ class TileProducts:
             size: elements of what will be read; parts beyond it are its last one, so that lines which are not wanted
                 yet leave the cache to others. As many as were read when None.
         """
-        kernel = microkernel(self.isa, self.kind, tile.rows, tile.columns, sharing)
-        steps = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth)) if kernel.prefetch_depth else index(0)
-        one = steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // BITS[kernel.b_dtype])
+        kernel = self.kernel(tile, sharing)
+        one = as_index(self.asked_for(kernel, depth))
         size = as_index(depth) * index(tile.columns) if size is None else size
         ahead = tirx.max(minimum(part * one, size - one), index(0))
         c_stride = index(tile.columns) if c_stride is None else c_stride
         return self.call_kernel(kernel, a, stride, b, c, c_stride, depth, accumulate, wanted, ahead)
+
+    @staticmethod
+    def asked_for(kernel: MicroKernel, depth: Expr) -> Expr:
+        """How many elements of what will be read a kernel asks for while it computes ``depth``."""
+        if not kernel.prefetch_depth:
+            return index(0)
+        steps = tirx.floordiv(as_index(depth), index(kernel.prefetch_depth))
+        return steps * index(kernel.prefetch_lines * LINE_BYTES * 8 // BITS[kernel.b_dtype])
+
+    def begin(self, kernel: MicroKernel, c: Any, c_stride: Expr, accumulate: Expr) -> Stmt:
+        """Make the sums of a tile, in registers that :meth:`steps` adds to: zeros, or ``c`` if ``accumulate`` is 1."""
+        name = self._phases(kernel).begin
+        return self._call(name, [c_stride], lambda words: [pointer_to(c, "rw"), *words, accumulate])
+
+    def steps(
+        self, kernel: MicroKernel, a: Any, stride: Expr, b: Any, depth: Expr, wanted: Any, ahead: Expr
+    ) -> Stmt:  # fmt: skip
+        """Add to the sums of a tile; arguments are those of :meth:`call_kernel`."""
+
+        def arguments(words: list[Expr]) -> list[Expr]:
+            lda, length = words
+            return [pointer_to(a, "r"), lda, pointer_to(b, "r"), length, pointer_to(wanted, "r", ahead)]
+
+        return self._call(self._phases(kernel).steps, [stride, depth], arguments)
+
+    def end(self, kernel: MicroKernel, c: Any, c_stride: Expr) -> Stmt:
+        """Store the sums of a tile."""
+        return self._call(self._phases(kernel).end, [c_stride], lambda words: [pointer_to(c, "rw"), *words])
+
+    def _phases(self, kernel: MicroKernel) -> Phases:
+        assert kernel.phases is not None
+        self.used[kernel.name] = kernel.text
+        return kernel.phases
+
+    @staticmethod
+    def _call(name: str, words: list[Expr], arguments: Callable[[list[Expr]], list[Expr]]) -> Stmt:
+        return _as_words(words, lambda known: tirx.Evaluate(tirx.call_extern("int32", name, *arguments(known))))
 
     def call_kernel(
         self, kernel: MicroKernel, a: Any, stride: Expr, b: Any, c: Any, c_stride: Expr, depth: Expr, accumulate: Expr,

@@ -38,6 +38,21 @@ UNROLL = 4
 
 
 @dataclass(frozen=True)
+class Phases:
+    """Symbols of three functions that return 0; what runs between their calls must leave the sums' registers alone.
+
+    Attributes:
+        begin: ``i32 (ptr C, i64 ldc, i32 accumulate)`` makes the sums.
+        steps: ``i32 (ptr A, i64 lda, ptr B, i64 depth, ptr next)`` adds products to them, any number of times.
+        end: ``i32 (ptr C, i64 ldc)`` stores them.
+    """
+
+    begin: str
+    steps: str
+    end: str
+
+
+@dataclass(frozen=True)
 class MicroKernel:
     """``C = A B`` or ``C += A B`` for one register tile, as LLVM IR text.
 
@@ -72,6 +87,7 @@ class MicroKernel:
         setup: symbol of an ``i32 ()`` function to call in each thread before a run of tiles of this shape; it returns
             0, or a negative error number of the system. Empty when nothing is to be set up.
         teardown: the same for the end of the run.
+        phases: the same product in functions of its own, where sums may stay in registers between calls.
     """
 
     name: str
@@ -88,6 +104,7 @@ class MicroKernel:
     prefetch_lines: int = 1
     setup: str = ""
     teardown: str = ""
+    phases: Phases | None = None
 
 
 def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing: int = 0) -> MicroKernel:
@@ -123,13 +140,27 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
     parameters += ", ptr %next"
     globals: list[str] = []
     setup = teardown = ""
+    phases = None
     prefetch_depth, prefetch_lines = 0, 1
     functions: list[tuple[str, Writer]] = []
     if isinstance(product, amx.TileProduct):
         body = Writer()
         prefetch_depth, prefetch_lines = product.depth_step, -(-columns // (sharing or amx.FEW_TILES))
         name += f"_ahead{prefetch_lines}"
-        amx.kernel_text(body, product, rows, columns, prefetch_lines)
+        code = amx.TileKernel(product, rows, columns, prefetch_lines)
+        code.whole(body)
+        phases = Phases(f"{name}_begin", f"{name}_steps", f"{name}_end")
+        begin, steps, end = Writer(), Writer(), Writer()
+        code.begin(begin)
+        code.steps(steps)
+        code.end(end)
+        for writer in (begin, steps):
+            writer.do("ret i32 0")
+        functions += [
+            (f"i32 @{phases.begin}({amx.BEGIN_PARAMETERS})", begin),
+            (f"i32 @{phases.steps}({amx.STEPS_PARAMETERS})", steps),
+            (f"i32 @{phases.end}({amx.END_PARAMETERS})", end),
+        ]
         setup, teardown = f"trimtab_amx_configure_{rows}x{columns}", "trimtab_amx_release"
         prepare, release = Writer(), Writer()
         globals.append(amx.setup_text(prepare, rows, columns))
@@ -153,7 +184,7 @@ def microkernel(isa: InstructionSet, kind: str, rows: int, columns: int, sharing
     text = _module(_width(isa), features, functions, globals)
     types = (product.a_dtype, product.b_dtype, product.c_dtype)
     return MicroKernel(name, text, features, rows, columns, product.group, *types, product.depth_step,
-                       prefetch_depth, prefetch_lines, setup, teardown)  # fmt: skip
+                       prefetch_depth, prefetch_lines, setup, teardown, phases)  # fmt: skip
 
 
 def rounding(isa: InstructionSet) -> tuple[str, str]:

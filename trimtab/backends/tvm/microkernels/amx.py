@@ -49,62 +49,96 @@ def row_tiles(rows: int) -> list[int]:
     return [min(TILE_ROWS, rows - start) for start in range(0, rows, TILE_ROWS)]
 
 
-def kernel_text(f: Writer, product: TileProduct, rows: int, columns: int, lines: int) -> None:
-    """The body of the kernel: parameters as the vector kernels have them.
+BEGIN_PARAMETERS = "ptr noalias %c, i64 %ldc, i32 %accumulate"
+STEPS_PARAMETERS = "ptr noalias %a, i64 %lda, ptr noalias %b, i64 %depth, ptr %next"
+END_PARAMETERS = "ptr noalias %c, i64 %ldc"
 
-    A is loaded with the hint not to keep it in the first-level cache: the next tile reads the same panel, which is to
-    stay there, and these rows come back only with the next panel.
 
-    Args:
+@dataclass(frozen=True)
+class TileKernel:
+    """The code of a tile of ``rows`` x ``columns`` in three phases, between which the tile registers keep the sums.
+
+    Attributes:
         lines: of ``%next`` to ask for in each step, which reads as many lines of B as the tile has columns.
     """
-    heights, widths = row_tiles(rows), range(columns // TILE_ROWS)
-    count = len(heights) * len(widths)
-    a_tiles = range(count, count + len(heights))
-    b_tiles = range(count + len(heights), REGISTERS)
-    element = 4 // product.group
-    a_stride = f.let(f"mul i64 %lda, {element}")
-    c_stride = f.let("mul i64 %ldc, 4")
-    a_rows = [_row(f, "%a", a_stride, TILE_ROWS * i) for i in range(len(heights))]
-    c_rows = [_row(f, "%c", c_stride, TILE_ROWS * i) for i in range(len(heights))]
-    c_places = [f.offset(row, ROW_BYTES * j) for row in c_rows for j in widths]
 
-    def tile_op(name: str, *arguments: tuple[str, str]) -> None:
-        f.call("void", f"llvm.x86.{name}", *arguments)
+    product: TileProduct
+    rows: int
+    columns: int
+    lines: int
 
-    add, clear, start = f.fresh_labels("add", "clear", "start")
-    f.do(f"br i1 {f.let('icmp ne i32 %accumulate, 0')}, label %{add}, label %{clear}")
-    f.start_block(add)
-    for tile, place in enumerate(c_places):
-        tile_op("tileloadd64", ("i8", str(tile)), ("ptr", place), ("i64", c_stride))
-    f.do(f"br label %{start}")
-    f.start_block(clear)
-    for tile in range(count):
-        tile_op("tilezero", ("i8", str(tile)))
-    f.do(f"br label %{start}")
-    f.start_block(start)
+    def whole(self, f: Writer) -> None:
+        """All phases: parameters as the vector kernels have them."""
+        self.begin(f)
+        self.steps(f)
+        self.end(f)
 
-    def step(state: list[str]) -> list[str]:
-        a_offset, b, wanted = state
-        for line in range(lines):
-            f.prefetch(f.offset(wanted, line * LINE_BYTES))
-        for j in widths:
-            b_tile = b_tiles[j % len(b_tiles)]
-            tile_op("tileloadd64", ("i8", str(b_tile)), ("ptr", f.offset(b, ROW_BYTES * j)), ("i64", str(columns * 4)))
-            for i, a_tile in enumerate(a_tiles):
-                if j == 0:
-                    place = f.offset(a_rows[i], a_offset)
-                    tile_op("tileloaddt164", ("i8", str(a_tile)), ("ptr", place), ("i64", a_stride))
-                numbers = (i * len(widths) + j, a_tile, b_tile)
-                tile_op(product.intrinsic, *(("i8", str(number)) for number in numbers))
-        a_next = f.let(f"add i64 {a_offset}, {ROW_BYTES}")
-        return [a_next, f.offset(b, TILE_ROWS * columns * 4), f.offset(wanted, lines * LINE_BYTES)]
+    def begin(self, f: Writer) -> None:
+        """Zero the sums or, if ``%accumulate`` is not 0, load them from ``%c``."""
+        add, clear, start = f.fresh_labels("add", "clear", "start")
+        f.do(f"br i1 {f.let('icmp ne i32 %accumulate, 0')}, label %{add}, label %{clear}")
+        f.start_block(add)
+        self._for_sums(f, "tileloadd64")
+        f.do(f"br label %{start}")
+        f.start_block(clear)
+        for tile in range(self._sums):
+            _tile_op(f, "tilezero", ("i8", str(tile)))
+        f.do(f"br label %{start}")
+        f.start_block(start)
 
-    steps = f.let(f"sdiv exact i64 %depth, {product.depth_step}")
-    f.loop(steps, [("i64", "0"), ("ptr", "%b"), ("ptr", "%next")], step)
-    for tile, place in enumerate(c_places):
-        tile_op("tilestored64", ("i8", str(tile)), ("ptr", place), ("i64", c_stride))
-    f.do("ret i32 0")
+    def steps(self, f: Writer) -> None:
+        """Add the products of ``%depth`` to the sums.
+
+        A is loaded with the hint not to keep it in the first-level cache: the next tile reads the same panel, which is
+        to stay there, and these rows come back only with the next panel.
+        """
+        heights, widths = row_tiles(self.rows), range(self.columns // TILE_ROWS)
+        a_tiles = range(self._sums, self._sums + len(heights))
+        b_tiles = range(self._sums + len(heights), REGISTERS)
+        a_stride = f.let(f"mul i64 %lda, {4 // self.product.group}")
+        a_rows = [_row(f, "%a", a_stride, TILE_ROWS * i) for i in range(len(heights))]
+
+        def step(state: list[str]) -> list[str]:
+            a_offset, b, wanted = state
+            for line in range(self.lines):
+                f.prefetch(f.offset(wanted, line * LINE_BYTES))
+            for j in widths:
+                b_tile = b_tiles[j % len(b_tiles)]
+                place = f.offset(b, ROW_BYTES * j)
+                _tile_op(f, "tileloadd64", ("i8", str(b_tile)), ("ptr", place), ("i64", str(self.columns * 4)))
+                for i, a_tile in enumerate(a_tiles):
+                    if j == 0:
+                        place = f.offset(a_rows[i], a_offset)
+                        _tile_op(f, "tileloaddt164", ("i8", str(a_tile)), ("ptr", place), ("i64", a_stride))
+                    numbers = (i * len(widths) + j, a_tile, b_tile)
+                    _tile_op(f, self.product.intrinsic, *(("i8", str(number)) for number in numbers))
+            a_next = f.let(f"add i64 {a_offset}, {ROW_BYTES}")
+            return [a_next, f.offset(b, TILE_ROWS * self.columns * 4), f.offset(wanted, self.lines * LINE_BYTES)]
+
+        count = f.let(f"sdiv exact i64 %depth, {self.product.depth_step}")
+        f.loop(count, [("i64", "0"), ("ptr", "%b"), ("ptr", "%next")], step)
+
+    def end(self, f: Writer) -> None:
+        """Store the sums to ``%c``."""
+        self._for_sums(f, "tilestored64")
+        f.do("ret i32 0")
+
+    @property
+    def _sums(self) -> int:
+        return len(row_tiles(self.rows)) * (self.columns // TILE_ROWS)
+
+    def _for_sums(self, f: Writer, name: str) -> None:
+        """The tile instruction ``name`` for every tile of sums and its place in C."""
+        stride, across = f.let("mul i64 %ldc, 4"), self.columns // TILE_ROWS
+        for i in range(len(row_tiles(self.rows))):
+            row = _row(f, "%c", stride, TILE_ROWS * i)
+            for j in range(across):
+                place = ("ptr", f.offset(row, ROW_BYTES * j))
+                _tile_op(f, name, ("i8", str(i * across + j)), place, ("i64", stride))
+
+
+def _tile_op(f: Writer, name: str, *arguments: tuple[str, str]) -> None:
+    f.call("void", f"llvm.x86.{name}", *arguments)
 
 
 def _row(f: Writer, base: str, stride: str, row: int) -> str:
