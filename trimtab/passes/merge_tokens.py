@@ -26,7 +26,8 @@ class MergeTokens(TokenReduction):
 
     - ``r``: how many tokens to merge in each layer.
     - ``schedule``: ``constant``; ``linear`` with the slope ``inflect``, from -1 for twice as many in the first layer
-      and none in the last, to 1 for the reverse, also under a budget; ``ratio`` to keep the share ``keep`` of the tokens in each layer.
+      and none in the last, to 1 for the reverse, which a budget keeps; ``ratio`` to keep the share ``keep`` of the
+      tokens in each layer.
     - ``proportional``: attention counts a merged token as often as it stands for original ones; not for models that
       were trained by masked autoencoding alone, nor during training.
     """

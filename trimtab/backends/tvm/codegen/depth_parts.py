@@ -22,7 +22,7 @@ from trimtab.backends.tvm.codegen.expression import Expr, int_value
 from trimtab.backends.tvm.codegen.loops import Stmt, bind, ceil_div, index, load, loop, minimum, scratch, sequence
 from trimtab.backends.tvm.codegen.row_tiles import RowTiles
 from trimtab.backends.tvm.codegen.tile_product import without_casts
-from trimtab.backends.tvm.codegen.tile_turns import TileWork, in_turns
+from trimtab.backends.tvm.codegen.tile_turns import TileRun, in_turns
 
 if TYPE_CHECKING:
     from trimtab.backends.tvm.codegen.gemm import ContractionKernel
@@ -123,11 +123,8 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
 
         def with_sums(sums: Any) -> Stmt:
             def write(p: Expr, t: Expr, start: Expr, height: int) -> Stmt:
-                return write_rows(p, t, index(0), start, height)
-
-            def write_rows(p: Expr, t: Expr, row: Expr, start: Expr, count: Expr | int) -> Stmt:
                 column = (first + p) * index(tile.columns)
-                return kernel.store_tile(lambda r, c: load(sums, p, t, row + r, c), count, start, column, {})
+                return kernel.store_tile(lambda r, c: load(sums, p, t, r, c), height, start, column, {})
 
             def next_of(p: Expr, k: Expr, length: int) -> Any:
                 """The panel to read after panel ``p``, whose part is at ``k``."""
@@ -136,30 +133,24 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
 
             def part(k: Expr, length: int, is_last: bool) -> Stmt:
                 def add(p: Expr, t: Expr, start: Expr, height: int) -> Stmt:
+                    column = (first + p) * index(tile.columns)
+                    claim = kernel.claim_tile(height, start, column, {}) if is_last else None
                     call = products.call(
                         replace(tile, rows=height), a_rows.at({}, start, k), a_rows.stride, place(p, k),
                         load(sums, p, t, index(0), index(0)), index(length),
                         tirx.Cast("int32", k > index(0)), next_of(p, k, length), t, sharing=tiles_of_block,
                     )  # fmt: skip
-                    return sequence(call, write(p, t, start, height) if is_last else None)
+                    return sequence(claim, call, write(p, t, start, height) if is_last else None)
 
                 def turns(p: Expr) -> Stmt:
-                    def start(t: Expr) -> Expr:
-                        return minimum((first_tile + t) * index(tile.rows), index(rows - tile.rows))
-
-                    def work(t: Expr) -> TileWork:
-                        return TileWork(
-                            lambda inside: a_rows.at({}, start(t), k + inside), lambda inside: place(p, k + inside),
-                            load(sums, p, t, index(0), index(0)), next_of(p, k, length), t,
-                        )  # fmt: skip
-
-                    def write_some(t: Expr, row: Expr, count: Expr) -> Stmt:
-                        return bind(start(t) + row, lambda at: write_rows(p, t, row, at, count), "row")
-
-                    more = tirx.Cast("int32", k > index(0))
-                    return in_turns(
-                        products, tile, a_rows.stride, length, passing, more, work, write_some, tiles_of_block
-                    )  # fmt: skip
+                    return in_turns(kernel, TileRun(
+                        tile.rows, passing, {}, (first + p) * index(tile.columns),
+                        start=lambda t: minimum((first_tile + t) * index(tile.rows), index(rows - tile.rows)),
+                        sums=lambda t, row, column: load(sums, p, t, row, column),
+                        first_k=k, depth=length, panel=lambda inside: place(p, k + inside),
+                        accumulate=tirx.Cast("int32", k > index(0)), wanted=next_of(p, k, length), part=lambda t: t,
+                        sharing=tiles_of_block,
+                    ))  # fmt: skip
 
                 def panel(p: Expr) -> Stmt:
                     if is_last and products.uses_tiles:

@@ -48,6 +48,15 @@ def store_result(tiled: Tiled, axes: Mapping[Any, Expr], value: Expr) -> Stmt:
     return store(out.buffer, [names[axis] for axis in out.axes], tirx.Let(var, value, result))
 
 
+def result_place(tiled: Tiled, axes: Mapping[Any, Expr]) -> tuple[Any, list[Expr]]:
+    """The buffer and the indices to which :func:`store_result` stores the element at ``axes``."""
+    stage, out = tiled.stage, tiled.output
+    if out is None:
+        return stage.buffer, [axes[axis] for axis in stage.axes]
+    names = {place: axes[axis] for place, axis in zip(tiled.places, stage.axes, strict=True)}
+    return out.buffer, [names[axis] for axis in out.axes]
+
+
 def _without_own_rounding(tiled: Tiled) -> Expr:
     """The value of the output stage, in which the sums of products of bfloat16 are not rounded to be widened again."""
     assert tiled.output is not None
@@ -68,4 +77,3 @@ def _without_own_rounding(tiled: Tiled) -> Expr:
 
     kept = rewrite(value, cast=widened)
     return rewrite(kept, exact) if exact else value
-

@@ -23,7 +23,7 @@ from trimtab.backends.tvm.codegen.contraction import (
     has_only_loads_as_users,
 )
 from trimtab.backends.tvm.codegen.depth_parts import depth_part, product_by_parts, row_blocks
-from trimtab.backends.tvm.codegen.epilogue import store_result
+from trimtab.backends.tvm.codegen.epilogue import result_place, store_result
 from trimtab.backends.tvm.codegen.expression import (
     Expr,
     as_index,
@@ -43,6 +43,7 @@ from trimtab.backends.tvm.codegen.loops import (
     load,
     loop,
     minimum,
+    nothing,
     scratch,
     sequence,
     store,
@@ -64,10 +65,11 @@ from trimtab.backends.tvm.codegen.tile_product import (
     strided_rows,
     without_casts,
 )
-from trimtab.backends.tvm.codegen.tile_turns import TileWork, in_turns
+from trimtab.backends.tvm.codegen.tile_turns import TileRun, in_turns
 from trimtab.backends.tvm.codegen.vector_math import lower_call
 from trimtab.backends.tvm.codegen.window_product import blocks_of_lines, find_windows, window_rows
 from trimtab.backends.tvm.microkernels import InstructionSet
+from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.backends.tvm.microkernels.tiles import tallest
 
 FIRST = tirx.const(0, "int32")
@@ -282,6 +284,7 @@ class ContractionKernel:
                 # Panels of a packed matrix follow each other; past the end of another one lies nothing of use.
                 following = without_casts(b(depth if self.direct else index(0), index(0)))
                 return sequence(
+                    self.claim_tile(height, start, first_column, batch),
                     self.products.call(
                         tile, self.a_rows.at(batch, start, index(0)), self.a_rows.stride, panel,
                         load(spill, index(0), index(0)), depth, FIRST, following, number,
@@ -308,31 +311,16 @@ class ContractionKernel:
             depth = int_value(self.k.extent)
             if self.products is None or not self.products.uses_tiles or self.a_rows is None or depth is None:
                 return None
-            products, a_rows = self.products, self.a_rows
-            tile = Tile(height, self.tile.columns, self.tile.lanes)
-            following = without_casts(b(index(depth) if self.direct else index(0), index(0)))
 
             def several(first: Expr, held: Expr, sums: Any) -> Stmt:
-                def start(t: Expr) -> Expr:
-                    return minimum((first + t) * index(height), rows - index(height))
-
-                def sum_at(t: Expr, row: Expr, column: Expr) -> Expr:
-                    return load(sums, tirx.floormod(t, index(2)), row, column)
-
-                def work(t: Expr) -> TileWork:
-                    return TileWork(
-                        lambda k: a_rows.at(batch, start(t), k), lambda k: without_casts(b(k, index(0))),
-                        sum_at(t, index(0), index(0)), following, first + t,
-                    )  # fmt: skip
-
-                def write(t: Expr, row: Expr, count: Expr) -> Stmt:
-                    def from_row(at: Expr) -> Stmt:
-                        return self.store_tile(lambda r, c: sum_at(t, row + r, c), count, at, first_column, batch)
-
-                    return bind(start(t) + row, from_row, "row")
-
-                sharing = tiles_per_panel(height)
-                return in_turns(products, tile, a_rows.stride, depth, held, FIRST, work, write, sharing)
+                following = without_casts(b(index(depth) if self.direct else index(0), index(0)))
+                return in_turns(self, TileRun(
+                    height, held, batch, first_column,
+                    start=lambda t: minimum((first + t) * index(height), rows - index(height)),
+                    sums=lambda t, row, column: load(sums, tirx.floormod(t, index(2)), row, column),
+                    first_k=index(0), depth=depth, panel=lambda k: without_casts(b(k, index(0))), accumulate=FIRST,
+                    wanted=following, part=lambda t: first + t, sharing=tiles_per_panel(height),
+                ))  # fmt: skip
 
             shape = [2, height, self.tile.columns]
             return lambda first, held: scratch(shape, self.dtype, lambda sums: several(first, held, sums), "tiles")
@@ -380,7 +368,12 @@ class ContractionKernel:
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
 
     def store_tile(
-        self, sums: Callable[[Expr, Expr], Expr], rows: Expr | int, start: Expr, first_column: Expr, batch: dict[Any, Expr]
+        self,
+        sums: Callable[[Expr, Expr], Expr],
+        rows: Expr | int,
+        start: Expr,
+        first_column: Expr,
+        batch: dict[Any, Expr],
     ) -> Stmt:
         """Apply the epilogue to a finished tile and write it, cutting the columns past the end.
 
@@ -403,6 +396,28 @@ class ContractionKernel:
             if known is not None and known < self.tile.columns:
                 return cut
             return tirx.IfThenElse(first_column + index(self.tile.columns) <= self.n.extent, whole, cut)
+
+        return loop(rows, row, name="row")
+
+    def claim_tile(self, rows: Expr | int, start: Expr, first_column: Expr, batch: dict[Any, Expr]) -> Stmt:
+        """Ask for the lines to which rows of a tile will be written, where rows do not begin with a line.
+
+        Such a line is written in parts, and each part waits for the line; whole lines are written without.
+        """
+        assert self.products is not None
+        products, out = self.products, self.c.output.buffer if self.c.output is not None else self.c.stage.buffer
+        lanes = LINE_BYTES // self.machine.element_bytes(str(out.dtype))
+        columns = int_value(self.n.extent)
+        if columns is None or columns % lanes == 0:
+            return nothing()
+
+        def row(r: Expr) -> Stmt:
+            def line(number: Expr) -> Stmt:
+                place = self.n.at(first_column + number * index(lanes), self.n_linear_out)
+                axes = {**batch, **self.m.at(start + r, self.m_linear_out), **place}
+                return products.claim(tirx.BufferLoad(*result_place(self.c, axes)))
+
+            return loop(-(-self.tile.columns // lanes) + 1, line, name="line")
 
         return loop(rows, row, name="row")
 

@@ -17,7 +17,15 @@ from trimtab.backends.tvm.codegen.contraction import Contraction, Flattener, acc
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, dtype_of, int_value, rewrite, variables_of
 from trimtab.backends.tvm.codegen.loops import Stmt, flat_offset, index, load, minimum, scratch, sequence, store
 from trimtab.backends.tvm.codegen.register_tile import Tile
-from trimtab.backends.tvm.microkernels import InstructionSet, MicroKernel, Phases, microkernel, rounding, transposition
+from trimtab.backends.tvm.microkernels import (
+    InstructionSet,
+    MicroKernel,
+    Phases,
+    claiming,
+    microkernel,
+    rounding,
+    transposition,
+)
 from trimtab.backends.tvm.microkernels.amx import TileProduct
 from trimtab.backends.tvm.microkernels.llvm_text import LINE_BYTES
 from trimtab.backends.tvm.microkernels.products import BITS
@@ -261,6 +269,12 @@ class TileProducts:
             return tirx.Evaluate(tirx.call_extern("int32", name, pointer_to(a, "r"), pointer_to(b, "w"), *words))
 
         return _as_words([count], made)
+
+    def claim(self, element: Any) -> Stmt:
+        """Ask for the line of ``element``, which will be written."""
+        name, text = claiming()
+        self.used[name] = text
+        return tirx.Evaluate(tirx.call_extern("int32", name, pointer_to(element, "w")))
 
     def around(self, tile: Tile, body: Stmt) -> Stmt:
         """``body``, which calls kernels of one tile, with what the processor needs before and after in each thread."""

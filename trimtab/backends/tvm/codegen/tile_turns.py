@@ -1,86 +1,108 @@
 """Tiles of tile registers in turns: while one is multiplied, the one before it is written.
 
-Multiplying tile registers keeps one unit of the processor busy and nearly no other, and an epilogue keeps the others
-busy.  One after the other, an epilogue with GELU takes longer than the product.  So the depth of a tile is taken in
-pieces, and a few rows of the tile before are written after each of them: the instructions of both lie so close together
-that the processor works on them at the same time.
+Multiplying tile registers keeps one unit of the processor busy and few others, and an epilogue keeps the others busy.
+One after the other, an epilogue with GELU takes longer than the product.  So the depth of a tile is taken in pieces,
+and a few rows of the tile before are written after each of them: the instructions of both lie so close together that
+the processor works on them at the same time (docs/design/matrix-products.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
 from trimtab.backends.tvm.codegen.expression import Expr
-from trimtab.backends.tvm.codegen.loops import Stmt, index, loop, minimum, sequence
+from trimtab.backends.tvm.codegen.loops import Stmt, bind, index, loop, minimum, sequence
 from trimtab.backends.tvm.codegen.register_tile import Tile
-from trimtab.backends.tvm.codegen.tile_product import TileProducts
+
+if TYPE_CHECKING:
+    from trimtab.backends.tvm.codegen.gemm import ContractionKernel
 
 
 @dataclass(frozen=True)
-class TileWork:
-    """What a tile multiplies.
+class TileRun:
+    """Tiles of the same height that pass a panel.
 
     Attributes:
-        a, b: the elements at the beginnings of the rows and of the panel, at a place of the depth.
-        c: the element at the beginning of the sums.
-        wanted, part: what to ask for meanwhile, as for :meth:`TileProducts.call`.
-    """
-
-    a: Callable[[Expr], Any]
-    b: Callable[[Expr], Any]
-    c: Any
-    wanted: Any
-    part: Expr
-
-
-def in_turns(
-    products: TileProducts, tile: Tile, stride: Expr, depth: int, held: Expr, accumulate: Expr,
-    work: Callable[[Expr], TileWork], write: Callable[[Expr, Expr, Expr], Stmt], sharing: int = 0,
-) -> Stmt:  # fmt: skip
-    """Multiply and write ``held`` tiles.
-
-    Args:
-        stride: elements from one row of A to the next.
-        depth: of the products, a multiple of the kernel's step.
+        height: rows of a tile.
+        held: how many tiles.
+        batch: values of the batch axes.
+        first_column: of the panel.
+        start: the first row of a tile, by its number.
+        sums: the element of the sums at (number of the tile, row, column); those of one tile and of the next are apart.
+        first_k, depth: what of the depth to multiply; ``depth`` is a multiple of the kernel's step.
+        panel: the element at the beginning of the panel, at a place of the depth behind ``first_k``.
         accumulate: 1 to add to the sums that are there, 0 to overwrite them.
-        work: of a tile, by its number.
-        write: (number of a tile, first row, number of rows) writes a part of the tile.
+        wanted: the element at the beginning of what will be read after the panel.
+        part: which part of that a tile asks for, by its number.
         sharing: how many tiles have the same panel, 0 when that is not known.
     """
-    kernel = products.kernel(tile, sharing)
-    steps = depth // kernel.depth_step
-    together = -(-steps // tile.rows)
+
+    height: int
+    held: Expr
+    batch: dict[Any, Expr]
+    first_column: Expr
+    start: Callable[[Expr], Expr]
+    sums: Callable[[Expr, Expr, Expr], Any]
+    first_k: Expr
+    depth: int
+    panel: Callable[[Expr], Any]
+    accumulate: Expr
+    wanted: Any
+    part: Callable[[Expr], Expr]
+    sharing: int
+
+
+def in_turns(kernel: ContractionKernel, run: TileRun) -> Stmt:
+    """Multiply and write the tiles of ``run``."""
+    products, a_rows = kernel.products, kernel.a_rows
+    assert products is not None
+    assert a_rows is not None
+    width = kernel.tile.columns
+    code = products.kernel(Tile(run.height, width, kernel.tile.lanes), run.sharing)
+    steps = run.depth // code.depth_step
+    together = -(-steps // run.height)
     pieces = -(-steps // together)
-    rows = -(-tile.rows // pieces)
-    length = together * kernel.depth_step
-    c_stride, asked = index(tile.columns), products.asked_for(kernel, index(depth))
-    size = index(depth * tile.columns)
+    rows = -(-run.height // pieces)
+    length = together * code.depth_step
+    asked, size = products.asked_for(code, index(run.depth)), index(run.depth * width)
+
+    def multiply(t: Expr, start: Expr, k: Expr) -> Stmt:
+        left = index(length) if run.depth % length == 0 else minimum(index(length), index(run.depth) - k)
+        ahead = tirx.max(minimum(run.part(t) * asked, size - asked), index(0)) + products.asked_for(code, k)
+        a = a_rows.at(run.batch, start, run.first_k + k)
+        return products.steps(code, a, a_rows.stride, run.panel(k), left, run.wanted, ahead)
+
+    def write(t: Expr, start: Expr, row: Expr, count: Expr) -> Stmt:
+        return kernel.store_tile(
+            lambda r, c: run.sums(t, row + r, c), count, start + row, run.first_column, run.batch
+        )  # fmt: skip
 
     def turn(t: Expr) -> Stmt:
-        one = work(minimum(t, held - 1))
-        ahead = tirx.max(minimum(one.part * asked, size - asked), index(0))
+        last = tirx.max(t - index(1), index(0))
 
-        def when_multiplied(statement: Stmt) -> Stmt:
-            return tirx.IfThenElse(t < held, statement, None)
+        def with_starts(start: Expr, start_of_last: Expr) -> Stmt:
+            def when_multiplied(statement: Stmt) -> Stmt:
+                return tirx.IfThenElse(t < run.held, statement, None)
 
-        def piece(number: Expr) -> Stmt:
-            k, row = number * index(length), number * index(rows)
-            left = index(length) if depth % length == 0 else minimum(index(length), index(depth) - k)
-            multiplied = products.steps(
-                kernel, one.a(k), stride, one.b(k), left, one.wanted, ahead + products.asked_for(kernel, k)
+            def piece(number: Expr) -> Stmt:
+                row = number * index(rows)
+                count = tirx.max(minimum(index(rows), index(run.height) - row), index(0))
+                claim = kernel.claim_tile(count, start + row, run.first_column, run.batch)
+                multiplied = sequence(claim, multiply(t, start, number * index(length)))
+                written = write(last, start_of_last, row, count)
+                return sequence(when_multiplied(multiplied), tirx.IfThenElse(t > index(0), written, None))
+
+            sums, stride = run.sums(t, index(0), index(0)), index(width)
+            return sequence(
+                when_multiplied(products.begin(code, sums, stride, run.accumulate)),
+                loop(pieces, piece, name="piece"),
+                when_multiplied(products.end(code, sums, stride)),
             )
-            held_rows = tirx.max(minimum(index(rows), index(tile.rows) - row), index(0))
-            written = write(t - index(1), row, held_rows)
-            return sequence(when_multiplied(multiplied), tirx.IfThenElse(t > index(0), written, None))
 
-        return sequence(
-            when_multiplied(products.begin(kernel, one.c, c_stride, accumulate)),
-            loop(pieces, piece, name="piece"),
-            when_multiplied(products.end(kernel, one.c, c_stride)),
-        )
+        return bind(run.start(t), lambda start: bind(run.start(last), lambda s: with_starts(start, s), "last"), "row")
 
-    return loop(held + index(1), turn, name="turn")
+    return loop(run.held + index(1), turn, name="turn")

@@ -30,7 +30,7 @@ from trimtab.errors import BackendError
 
 __all__ = ["MicroKernel", "microkernel", "InstructionSet", "AMX", "AVX2", "AVX512", "AVX512_BF16", "AVX512_VNNI",
            "AVX_VNNI", "NEON", "NEON_DOTPROD", "NEON_I8MM", "PORTABLE", "ROUNDED_TOGETHER", "RegisterTile",
-           "fixed_point_conversion", "fixed_point_kernel",
+           "claiming", "fixed_point_conversion", "fixed_point_kernel",
            "preferred_tiles", "rounding", "vector_rounding", "vector_rounding_name", "transposition"]  # fmt: skip
 
 UNROLL = 4
@@ -195,6 +195,15 @@ def rounding(isa: InstructionSet) -> tuple[str, str]:
     name = f"trimtab_round_bf16_{isa.lanes}"
     signature = f"i32 @{name}({ROUNDING_PARAMETERS})"
     return name, _module(_width(isa), isa.features, [(signature, rounding_body(isa.lanes))], [])
+
+
+def claiming() -> tuple[str, str]:
+    """Name and LLVM module of ``i32 name(ptr A)``, which asks for the line of A, to be written, in the first cache."""
+    f = Writer()
+    f.prefetch("%a", level=1, written=True)
+    f.do("ret i32 0")
+    name = "trimtab_claim"
+    return name, _module("", (), [(f"i32 @{name}(ptr %a)", f)], [])
 
 
 ROUNDED_TOGETHER = (2, 4, 8, 16, 32)

@@ -62,10 +62,14 @@ class Writer:
     def store(self, type: str, value: str, pointer: str, align: int) -> None:
         self.do(f"store {type} {value}, ptr {pointer}, align {align}")
 
-    def prefetch(self, pointer: str, level: int = 2) -> None:
-        """Ask for the line at ``pointer``, which need not be valid, to be brought to the cache of ``level``, 1 or 2."""
-        locality = str(4 - level)
-        self.call("void", "llvm.prefetch.p0", ("ptr", pointer), ("i32", "0"), ("i32", locality), ("i32", "1"))
+    def prefetch(self, pointer: str, level: int = 2, written: bool = False) -> None:
+        """Ask for the line at ``pointer``, which need not be valid, to be brought to the cache of ``level``, 1 or 2.
+
+        Args:
+            written: ask for it as the only one who has it, to write to it.
+        """
+        numbers = (("i32", str(int(written))), ("i32", str(4 - level)), ("i32", "1"))
+        self.call("void", "llvm.prefetch.p0", ("ptr", pointer), *numbers)
 
     def settle(self, type: str, values: list[str], constraint: str) -> None:
         """Have ``values`` computed before anything that comes later is loaded. No instruction is generated for it.
