@@ -76,6 +76,8 @@ def test_tiles_of_two_heights_cover_rows_once() -> None:
             # From so many rows on there are enough tiles to take a row less each.
             assert not (tiles.repeats_rows and rows >= (height - 1) * height)
     assert (RowTiles(145, 6).count, RowTiles(145, 6).lower) == (25, 5)
+    one_height = RowTiles(145, 6, two_heights=False)
+    assert (one_height.count, one_height.lower, one_height.repeats_rows) == (25, 0, True)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -105,6 +107,32 @@ def test_a_linear_layer_of_any_number_of_rows(dtype: DType, tmp_path: Path) -> N
     module, weight = layer(symbol("rows", 1, 512), 64, 50, dtype, dtype)
     for rows in (1, 3, 5, 31, 32, 33, 190):
         assert error(module, weight, inputs(rows, 64, dtype), "native", tmp_path / "m.trim") < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("factors", [DType.BF16, DType.F32], ids=str)
+@pytest.mark.parametrize("size", [(33, 96, 50), (70, 1088, 33), (5, 24, 16)], ids=str)
+def test_sums_are_rounded_only_where_the_model_says_so(
+    size: tuple[int, int, int], factors: DType, tmp_path: Path
+) -> None:
+    """Products of bf16 are not rounded before an op of f32 in the same kernel, but products of f32 by a cast are."""
+    rows, depth, columns = size
+    weight = (torch.randn(columns, depth, generator=torch.Generator().manual_seed(depth)) / depth**0.5).bfloat16()
+    x = inputs(rows, depth, DType.BF16)
+    b = Builder()
+    image = b.input("x", TensorType(DType.BF16, (rows, depth)))
+    matrix = b.weight("w", weight.to(factors.to_torch()))
+    product = b(Linear(image if factors is DType.BF16 else b(Cast(image, factors)), matrix, None))
+    narrow = product if factors is DType.BF16 else b(Cast(product, DType.BF16))
+    b.output(b(Gelu(b(Cast(narrow, DType.F32)))))
+    trimtab.compile(b.module, target="native", pipeline="fuse").save(tmp_path / "model.trim")
+    with trimtab.load(tmp_path / "model.trim") as session:
+        found = torch.from_numpy(session(x.view(torch.uint16).numpy())).double()
+    sums = x.double() @ weight.double().T
+    exact, rounded = (torch.nn.functional.gelu(v) for v in (sums, sums.bfloat16().double()))
+    if factors is DType.F32:  # but for sums that lie between two numbers of bfloat16, where the last bit decides
+        assert ((found - rounded).abs() < 1e-5).double().mean() > 0.98
+    else:
+        assert (found - exact).abs().max() < 1e-5 < (rounded - exact).abs().max()
 
 
 @pytest.mark.parametrize("size", [(3, 5, 24, 40), (2, 17, 33, 31), (4, 16, 64, 48)], ids=str)

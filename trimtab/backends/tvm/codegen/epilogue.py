@@ -61,7 +61,7 @@ def _without_own_rounding(tiled: Tiled) -> Expr:
     """The value of the output stage, in which the sums of products of bfloat16 are not rounded to be widened again."""
     assert tiled.output is not None
     value, sums = tiled.output.value, tiled.stage.buffer
-    if not any(dtype_of(node) == "bfloat16" for node in visit_nodes(tiled.stage.value)):
+    if not _multiplies_bf16(tiled.stage.value):
         return value
     exact: dict[Any, Expr] = {}
 
@@ -77,3 +77,10 @@ def _without_own_rounding(tiled: Tiled) -> Expr:
 
     kept = rewrite(value, cast=widened)
     return rewrite(kept, exact) if exact else value
+
+
+def _multiplies_bf16(value: Expr) -> bool:
+    """Whether both factors of a product are of bfloat16, widened or not."""
+    factors = (value.a, value.b) if isinstance(value, tirx.Mul) else ()
+    narrow = [any(dtype_of(node) == "bfloat16" for node in visit_nodes(factor)) for factor in factors]
+    return bool(narrow) and all(narrow)
