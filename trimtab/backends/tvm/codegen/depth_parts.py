@@ -147,7 +147,8 @@ def product_by_parts(kernel: ContractionKernel, step: int) -> Stmt:
                         tile.rows, passing, {}, (first + p) * index(tile.columns),
                         start=lambda t: minimum((first_tile + t) * index(tile.rows), index(rows - tile.rows)),
                         sums=lambda t, row, column: load(sums, p, t, row, column),
-                        first_k=k, depth=length, panel=lambda inside: place(p, k + inside),
+                        rows=lambda t, start, inside: a_rows.at({}, start, k + inside), stride=a_rows.stride,
+                        depth=length, panel=lambda inside: place(p, k + inside),
                         accumulate=tirx.Cast("int32", k > index(0)), wanted=next_of(p, k, length), part=lambda t: t,
                         sharing=tiles_of_block,
                     ))  # fmt: skip

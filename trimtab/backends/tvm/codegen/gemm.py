@@ -311,6 +311,7 @@ class ContractionKernel:
             depth = int_value(self.k.extent)
             if self.products is None or not self.products.uses_tiles or self.a_rows is None or depth is None:
                 return None
+            a_rows = self.a_rows
 
             def several(first: Expr, held: Expr, sums: Any) -> Stmt:
                 following = without_casts(b(index(depth) if self.direct else index(0), index(0)))
@@ -318,7 +319,8 @@ class ContractionKernel:
                     height, held, batch, first_column,
                     start=lambda t: minimum((first + t) * index(height), rows - index(height)),
                     sums=lambda t, row, column: load(sums, tirx.floormod(t, index(2)), row, column),
-                    first_k=index(0), depth=depth, panel=lambda k: without_casts(b(k, index(0))), accumulate=FIRST,
+                    rows=lambda t, start, k: a_rows.at(batch, start, k), stride=a_rows.stride, depth=depth,
+                    panel=lambda k: without_casts(b(k, index(0))), accumulate=FIRST,
                     wanted=following, part=lambda t: first + t, sharing=tiles_per_panel(height),
                 ))  # fmt: skip
 

@@ -31,14 +31,17 @@ class TileRun:
         held: how many tiles.
         batch: values of the batch axes.
         first_column: of the panel.
-        start: the first row of a tile, by its number.
+        start: the first row of a tile among those of the result, by its number.
+        rows: the element at the beginning of a tile's rows of A, by its number, its start and a place of the depth.
+        stride: elements from one of these rows to the next.
         sums: the element of the sums at (number of the tile, row, column); those of one tile and of the next are apart.
-        first_k, depth: what of the depth to multiply; ``depth`` is a multiple of the kernel's step.
-        panel: the element at the beginning of the panel, at a place of the depth behind ``first_k``.
+        depth: to multiply, a multiple of the kernel's step.
+        panel: the element at the beginning of the panel, at a place of the depth.
         accumulate: 1 to add to the sums that are there, 0 to overwrite them.
         wanted: the element at the beginning of what will be read after the panel.
         part: which part of that a tile asks for, by its number.
         sharing: how many tiles have the same panel, 0 when that is not known.
+        piece: what of the depth to take at a time; 0 for what suits the number of rows.
     """
 
     height: int
@@ -46,25 +49,26 @@ class TileRun:
     batch: dict[Any, Expr]
     first_column: Expr
     start: Callable[[Expr], Expr]
+    rows: Callable[[Expr, Expr, Expr], Any]
+    stride: Expr
     sums: Callable[[Expr, Expr, Expr], Any]
-    first_k: Expr
     depth: int
     panel: Callable[[Expr], Any]
     accumulate: Expr
     wanted: Any
     part: Callable[[Expr], Expr]
     sharing: int
+    piece: int = 0
 
 
 def in_turns(kernel: ContractionKernel, run: TileRun) -> Stmt:
     """Multiply and write the tiles of ``run``."""
-    products, a_rows = kernel.products, kernel.a_rows
+    products = kernel.products
     assert products is not None
-    assert a_rows is not None
     width = kernel.tile.columns
     code = products.kernel(Tile(run.height, width, kernel.tile.lanes), run.sharing)
     steps = run.depth // code.depth_step
-    together = -(-steps // run.height)
+    together = run.piece // code.depth_step if run.piece else -(-steps // run.height)
     pieces = -(-steps // together)
     rows = -(-run.height // pieces)
     length = together * code.depth_step
@@ -73,8 +77,7 @@ def in_turns(kernel: ContractionKernel, run: TileRun) -> Stmt:
     def multiply(t: Expr, start: Expr, k: Expr) -> Stmt:
         left = index(length) if run.depth % length == 0 else minimum(index(length), index(run.depth) - k)
         ahead = tirx.max(minimum(run.part(t) * asked, size - asked), index(0)) + products.asked_for(code, k)
-        a = a_rows.at(run.batch, start, run.first_k + k)
-        return products.steps(code, a, a_rows.stride, run.panel(k), left, run.wanted, ahead)
+        return products.steps(code, run.rows(t, start, k), run.stride, run.panel(k), left, run.wanted, ahead)
 
     def write(t: Expr, start: Expr, row: Expr, count: Expr) -> Stmt:
         return kernel.store_tile(

@@ -15,10 +15,23 @@ from tvm import ir, tirx
 
 from trimtab.backends.tvm.codegen.contraction import Axes, Contraction, Flattener, accesses_of, has_only_loads_as_users
 from trimtab.backends.tvm.codegen.expression import Expr, as_index, int_value, rewrite, variables_of
-from trimtab.backends.tvm.codegen.loops import Stmt, bind, bind_all, ceil_div, index, load, loop, minimum, sequence
+from trimtab.backends.tvm.codegen.loops import (
+    Stmt,
+    bind,
+    bind_all,
+    ceil_div,
+    divide,
+    index,
+    load,
+    loop,
+    minimum,
+    scratch,
+    sequence,
+)
 from trimtab.backends.tvm.codegen.register_tile import Tile
 from trimtab.backends.tvm.codegen.row_tiles import RowTiles
 from trimtab.backends.tvm.codegen.tile_product import row_stride, without_casts
+from trimtab.backends.tvm.codegen.tile_turns import TileRun, in_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,6 +154,8 @@ class _Line:
         products, lines = self.kernel.products, as_index(self.windows.lines.extent)
         assert products is not None
         tile = replace(self.kernel.tile, rows=height)
+        if products.uses_tiles:
+            return products.around(tile, self._turns(height, block, blocks))
         share = ceil_div(lines, blocks)
         begin = block * share
         count = tirx.max(minimum(begin + share, lines) - begin, index(0)) if blocks > 1 else lines
@@ -155,6 +170,38 @@ class _Line:
 
         return products.around(tile, loop(count, one, name="line"))
 
+    def _turns(self, height: int, block: Expr, blocks: int) -> Stmt:
+        """The same with tile registers: sums stay there from piece to piece."""
+        windows, lines, rows = self.windows, as_index(self.windows.lines.extent), as_index(self.windows.rows)
+        pieces, length = int(windows.pieces.extent), int(windows.inside.extent)
+        across, width = ceil_div(rows, height), self.kernel.tile.columns
+        share = ceil_div(lines, blocks)
+        first_line = block * share
+        count = tirx.max(minimum(first_line + share, lines) - first_line, index(0)) if blocks > 1 else lines
+
+        def place(t: Expr) -> tuple[Expr, Expr]:
+            """The line, and the first pixel in it."""
+            line, tile = (t, index(0)) if int_value(across) == 1 else divide(t, across)
+            return first_line + line, minimum(tile * index(height), rows - index(height))
+
+        def start(t: Expr) -> Expr:
+            line, pixel = place(t)
+            return line * rows + pixel
+
+        def at(t: Expr, start: Expr, k: Expr) -> Any:
+            line, pixel = place(t)
+            piece, _ = divide(k, index(length))
+            return windows.at(self.batch, windows.lines.at(line, False), pixel, piece)
+
+        following = self.b(index(pieces * length) if self.kernel.direct else index(0), index(0))
+        return scratch([2, height, width], self.kernel.dtype, lambda sums: in_turns(self.kernel, TileRun(
+            height, count * across, self.batch, self.first_column, start, at, windows.stride,
+            sums=lambda t, row, column: load(sums, tirx.floormod(t, index(2)), row, column),
+            depth=pieces * length, panel=lambda k: without_casts(self.b(k, index(0))),
+            accumulate=tirx.const(0, "int32"), wanted=without_casts(following), part=lambda t: t, sharing=0,
+            piece=length,
+        )), "tiles")  # fmt: skip
+
     def _tiles(self, tile: Tile, line: Expr, number: Expr, place: dict[Any, Expr]) -> Stmt:
         rows, products = as_index(self.windows.rows), self.kernel.products
         tiles = ceil_div(rows, tile.rows)
@@ -168,7 +215,7 @@ class _Line:
             )
 
         known = int_value(rows)
-        if known is not None and products is not None and not products.uses_tiles:
+        if known is not None and products is not None:
             parts = RowTiles(known, tile.rows)
             return parts.each(index(0), index(parts.count), one)
 
