@@ -27,6 +27,7 @@ BUDGETS = (0.8, 0.65, 0.5)
 PIPELINES: tuple[str, ...] = (
     "merge-tokens{budget=BUDGET}",
     "merge-tokens{budget=BUDGET,proportional=false}",
+    "merge-tokens{budget=BUDGET,schedule=linear,inflect=-0.5,proportional=false}",
     "merge-tokens-spectral{budget=BUDGET}",
     "prune-tokens{budget=BUDGET}",
     "prune-tokens{budget=BUDGET,layers=[0,1,2,3,4],fuse=drop}",
