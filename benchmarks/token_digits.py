@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,10 +34,10 @@ PIPELINES: tuple[str, ...] = (
     "cluster-tokens{budget=BUDGET,after=0}",
     "slim-tokens{budget=BUDGET,after=[0,1,2]}",
     "gate-tokens{budget=BUDGET}",
-    "gate-tokens{budget=ROOT,layers=[0]},merge-tokens-spectral{budget=ROOT}",
+    "gate-tokens{budget=BUDGET,layers=[0,1,3]}",
 )
-"""Every pass that reduces tokens of images, with the share of multiply-accumulates to leave, and two passes that leave
-equal shares (the root of it). By themselves some choose fewer layers, in which half of the work cannot be saved."""
+"""Every pass that reduces tokens of images, with the share of multiply-accumulates to leave. By themselves some choose
+fewer layers, in which half of the work cannot be saved."""
 _CALIBRATION = 64
 
 
@@ -109,10 +108,9 @@ def reduce_all(
     yield DigitsRow("", "", 1.0, 1.0, model.accuracy_of(model.module)), model.module
     for template in pipelines:
         name = template.partition("{")[0]
-        label = re.sub(r"budget=(BUDGET|ROOT),?", "", template).replace("{}", "")
+        label = template.replace("budget=BUDGET,", "").replace("{budget=BUDGET}", "")
         for budget in budgets:
-            pipeline = template.replace("BUDGET", f"{budget:g}").replace("ROOT", f"{budget**0.5:.4f}")
-            row = DigitsRow(label, pipeline, budget)
+            row = DigitsRow(label, template.replace("BUDGET", f"{budget:g}"), budget)
             module = None
             if name not in pass_names():
                 row.reason = "there is no such pass"
