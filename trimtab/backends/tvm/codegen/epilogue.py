@@ -36,25 +36,29 @@ class Tiled(Protocol):
 def store_result(tiled: Tiled, axes: Mapping[Any, Expr], value: Expr) -> Stmt:
     """Apply the output stage to ``value``, the element of the stage at ``axes``, and store what it gives."""
     stage, out = tiled.stage, tiled.output
+    buffer, indices = result_place(tiled, axes)
     if out is None:
-        return store(stage.buffer, [axes[axis] for axis in stage.axes], value)
-    names = {place: axes[axis] for place, axis in zip(tiled.places, stage.axes, strict=True)}
+        return store(buffer, indices, value)
     var = tirx.Var("product", value.ty)
 
-    def own(buffer: Any, indices: list[Expr]) -> Expr | None:
-        return var if buffer.same_as(stage.buffer) else None
+    def own(read: Any, at: list[Expr]) -> Expr | None:
+        return var if read.same_as(stage.buffer) else None
 
-    result = rewrite(_without_own_rounding(tiled), names, own, lowering_of(out.value))
-    return store(out.buffer, [names[axis] for axis in out.axes], tirx.Let(var, value, result))
+    result = rewrite(_without_own_rounding(tiled), _names(tiled, axes), own, lowering_of(out.value))
+    return store(buffer, indices, tirx.Let(var, value, result))
 
 
 def result_place(tiled: Tiled, axes: Mapping[Any, Expr]) -> tuple[Any, list[Expr]]:
     """The buffer and the indices to which :func:`store_result` stores the element at ``axes``."""
-    stage, out = tiled.stage, tiled.output
-    if out is None:
-        return stage.buffer, [axes[axis] for axis in stage.axes]
-    names = {place: axes[axis] for place, axis in zip(tiled.places, stage.axes, strict=True)}
-    return out.buffer, [names[axis] for axis in out.axes]
+    if tiled.output is None:
+        return tiled.stage.buffer, [axes[axis] for axis in tiled.stage.axes]
+    names = _names(tiled, axes)
+    return tiled.output.buffer, [names[axis] for axis in tiled.output.axes]
+
+
+def _names(tiled: Tiled, axes: Mapping[Any, Expr]) -> dict[Any, Expr]:
+    """The output's axes at the element of the stage at ``axes``."""
+    return {place: axes[axis] for place, axis in zip(tiled.places, tiled.stage.axes, strict=True)}
 
 
 def _without_own_rounding(tiled: Tiled) -> Expr:

@@ -365,8 +365,8 @@ class ContractionKernel:
 
             return at_most(height)
 
-        if turns_of(height) is not None and not self.windows:
-            return body(None)
+        if turns_of(height) is not None:
+            return body(None)  # they have sums of their own
         return scratch([height, self.tile.columns], self.dtype, body, "tile")
 
     def store_tile(
@@ -407,7 +407,7 @@ class ContractionKernel:
         Such a line is written in parts, and each part waits for the line; whole lines are written without.
         """
         assert self.products is not None
-        products, out = self.products, self.c.output.buffer if self.c.output is not None else self.c.stage.buffer
+        products, out = self.products, (self.c.output or self.c.stage).buffer
         lanes = LINE_BYTES // self.machine.element_bytes(str(out.dtype))
         columns = int_value(self.n.extent)
         if columns is None or columns % lanes == 0:

@@ -154,11 +154,11 @@ class _Line:
         products, lines = self.kernel.products, as_index(self.windows.lines.extent)
         assert products is not None
         tile = replace(self.kernel.tile, rows=height)
-        if products.uses_tiles:
-            return products.around(tile, self._turns(height, block, blocks))
         share = ceil_div(lines, blocks)
         begin = block * share
         count = tirx.max(minimum(begin + share, lines) - begin, index(0)) if blocks > 1 else lines
+        if products.uses_tiles:
+            return products.around(tile, self._turns(height, begin, count))
 
         def one(number: Expr) -> Stmt:
             def at(line: Expr) -> Stmt:
@@ -170,14 +170,11 @@ class _Line:
 
         return products.around(tile, loop(count, one, name="line"))
 
-    def _turns(self, height: int, block: Expr, blocks: int) -> Stmt:
-        """The same with tile registers: sums stay there from piece to piece."""
-        windows, lines, rows = self.windows, as_index(self.windows.lines.extent), as_index(self.windows.rows)
+    def _turns(self, height: int, first_line: Expr, count: Expr) -> Stmt:
+        """``count`` lines with tile registers: sums stay there from piece to piece."""
+        windows, rows = self.windows, as_index(self.windows.rows)
         pieces, length = int(windows.pieces.extent), int(windows.inside.extent)
         across, width = ceil_div(rows, height), self.kernel.tile.columns
-        share = ceil_div(lines, blocks)
-        first_line = block * share
-        count = tirx.max(minimum(first_line + share, lines) - first_line, index(0)) if blocks > 1 else lines
 
         def place(t: Expr) -> tuple[Expr, Expr]:
             """The line, and the first pixel in it."""
