@@ -2,7 +2,7 @@
 
 The op behind a product of bfloat16 may be one that computes in float32.  Its operand, the product as its own op defines
 it, is rounded to bfloat16 then; where both are in one kernel, the sum is passed on as it is.  That is what a processor
-with wide registers does for free, takes three instructions a vector less, and errs less.
+with wide registers does for free, takes three instructions a vector less, and rounds once less.
 """
 
 from __future__ import annotations
